@@ -1,0 +1,113 @@
+"""The system prompt and the three-block response format: render, parse, split into segments.
+
+A response is `<caption>`, `<think>` and `<answer>`, in this order, with only white space around and between them. The
+perception segment is the caption block; the reasoning segment is the think block and the answer block (PRISM, section 2
+of the release's prompt). This file is the only place that knows the format.
+"""
+
+import re
+from dataclasses import dataclass
+
+SYSTEM_PROMPT = """You are a careful scientific assistant. Look at the image, then answer the user's question about it.
+Write exactly three blocks, in this order, and nothing outside them:
+<caption>
+a bulleted description of the image: its style, its key objects, and any text in it
+</caption>
+<think>
+your reasoning, one step at a time, from what the image shows to the answer
+</think>
+<answer>
+the final answer only
+</answer>"""
+
+BLOCKS = ("caption", "think", "answer")
+EXPERTS = ("perception", "reasoning")
+
+_TAG = re.compile(r"</?(?:caption|think|answer)>")
+_RESPONSE = re.compile(r"\s*<caption>(.*)</caption>\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
+_WHITE_SPACE = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A response taken apart. `caption`, `reasoning` and `answer` are the stripped insides of the three blocks, or ""
+    when the response is malformed (`valid` is False); `reason` then says what is wrong."""
+
+    caption: str
+    reasoning: str
+    answer: str
+    valid: bool
+    reason: str = ""
+
+
+def render(caption: str, reasoning: str, answer: str) -> str:
+    """Write a response in the three-block format. `parse(render(c, r, a))` gives back the stripped parts."""
+    return (
+        f"<caption>\n{caption.strip()}\n</caption>\n"
+        f"<think>\n{reasoning.strip()}\n</think>\n"
+        f"<answer>\n{answer.strip()}\n</answer>"
+    )
+
+
+def parse(text: str) -> Parsed:
+    """Take a response apart, strictly: every tag exactly once, in order, no block empty, nothing outside.
+
+    Stricter than the release in two places: it accepts empty blocks, and tags repeated inside a block (which also lets
+    the answer block swallow a second response). Tags are case-sensitive.
+
+    Example:
+        >>> parse("<caption>\\n- a red 3\\n</caption>\\n<think>\\n1. read 3\\n</think>\\n<answer>\\n3\\n</answer>").answer
+        '3'
+    """
+    reason = _malformed_reason(text)
+    match = None if reason else _RESPONSE.fullmatch(text)
+    if match is None:
+        return Parsed("", "", "", False, reason or "text outside the three blocks")
+    caption, reasoning, answer = (part.strip() for part in match.groups())
+    for name, part in zip(BLOCKS, (caption, reasoning, answer), strict=True):
+        if not part:
+            return Parsed("", "", "", False, f"the <{name}> block is empty")
+    return Parsed(caption, reasoning, answer, True)
+
+
+def _malformed_reason(text: str) -> str:
+    """What is wrong with the tags of `text`, or "" when each stands exactly once and in order."""
+    found = _TAG.findall(text)
+    expected = [tag for name in BLOCKS for tag in (f"<{name}>", f"</{name}>")]
+    for tag in expected:
+        if tag not in found:
+            return f"{tag} is missing"
+    for tag in expected:
+        if found.count(tag) > 1:
+            return f"{tag} stands {found.count(tag)} times"
+    return "" if found == expected else "the blocks are out of order"
+
+
+def segments(parsed: Parsed) -> dict[str, str]:
+    """The text each expert reads, tags included and white space normalised, so that neither the sampled tokenisation
+    nor the line breaks can tell a rollout from a demonstration. Malformed responses have no segments: ValueError."""
+    if not parsed.valid:
+        raise ValueError(f"a malformed response has no segments: {parsed.reason}")
+    blocks = (f"<{n}> {p} </{n}>" for n, p in zip(BLOCKS, (parsed.caption, parsed.reasoning, parsed.answer), strict=True))
+    caption, think, answer = (normalise(block) for block in blocks)
+    return {"perception": caption, "reasoning": f"{think} {answer}"}
+
+
+def normalise(text: str) -> str:
+    """Fold every run of white space into one space, keeping line breaks apart from spaces: a line break is structure
+    (one item a line), so runs that hold one become one line break."""
+    return _WHITE_SPACE.sub(lambda run: "\n" if "\n" in run.group() else " ", text).strip()
+
+
+def lenient_answer(text: str) -> str:
+    """The answer wherever it stands, for scoring models that do not know the format: the last non-empty answer block,
+    else the text after the last "answer is" or "answer:", else the last line that is not empty."""
+    blocks = [block.strip() for block in re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)]
+    blocks = [block for block in blocks if block]
+    if blocks:
+        return blocks[-1]
+    told = re.findall(r"answer(?: is|:)\s*([^\n]+)", text, re.IGNORECASE)
+    if told:
+        return told[-1].strip().rstrip(".")
+    lines = [line.strip() for line in _TAG.sub("\n", text).splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else ""
