@@ -1,0 +1,74 @@
+"""What a rollout engine is: anything with these methods can be named in YAML."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from prism_pl.batch import Example
+from prism_pl.processor import Processor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn.
+
+    Attributes:
+        temperature: 0 is greedy.
+        max_tokens: the longest response, end-of-turn token included.
+        top_p, top_k: below full (1.0; 0) only in evaluation: training needs the log-probabilities of the distribution
+            that was sampled from to be the policy's own.
+        seed: None draws from the engine's own generator, whose state is saved with the run.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int = 256
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+        prompt_ids: the prompt as the engine saw it, image placeholders expanded.
+        response_ids: sampled ids, the end-of-turn token included where it was sampled.
+        sampler_logps: log-probability of each id under the distribution sampled from (temperature applied, banned
+            ids removed).
+        text: the response decoded without special tokens.
+        finish_reason: "stop" at an end-of-turn token, "length" when cut at `max_tokens`.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    sampler_logps: list[float]
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples responses from the policy. `start` is called once, before everything else."""
+
+    def start(self, policy: nn.Module, processor: Processor, *, rank: int) -> None: ...
+
+    def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
+        """`num_samples` rollouts an example, prompt by prompt: rollout g of example p stands at p * num_samples + g."""
+        ...
+
+    def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over the policy's weights and forget every cache made with the old ones."""
+        ...
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
