@@ -4,7 +4,7 @@ Shape legend: B sequences, P prompts, G rollouts a prompt, S tokens of a whole s
 T response tokens, I images, N patches, V vocabulary. A suffix names a tensor's axes: `input_ids_BS`, `scores_PG`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,8 @@ class SequenceBatch:
         grids_I3: (time, height, width) of each image in patches.
         image_of: for each image placeholder run, in batch order, which of the I images fills it; images shared by
             several rollouts of a prompt stand once.
+        images_per_row: image placeholder runs of each sequence.
+        ids: the examples' ids, for messages.
     """
 
     input_ids_BS: Tensor
@@ -67,6 +69,8 @@ class SequenceBatch:
     pixel_values_NC: Tensor
     grids_I3: Tensor
     image_of: Tensor
+    images_per_row: list[int]
+    ids: list[str]
 
     def __len__(self) -> int:
         return self.input_ids_BS.shape[0]
@@ -75,3 +79,52 @@ class SequenceBatch:
     def response_ids_BT(self) -> Tensor:
         """Ids of the response tokens; meaningless where `mask_BT` is False."""
         return self.input_ids_BS.gather(1, self.response_index_BT)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of all sequences."""
+        return int(self.lengths_B.sum())
+
+    def rows(self, start: int, stop: int) -> "SequenceBatch":
+        """Sequences `start` to `stop` as a batch of their own, trimmed to the longest of them, with only their images.
+
+        T keeps its width, so that per-token tensors of the whole batch can be cut along.
+        """
+        runs = self._image_runs()
+        image_of = self.image_of[runs[start] : runs[stop]]
+        used, image_of = image_of.unique(return_inverse=True)
+        patches = self.grids_I3.prod(-1).tolist()
+        longest = int(self.lengths_B[start:stop].max())
+        pixels = self.pixel_values_NC.split(patches)
+        return replace(
+            self,
+            input_ids_BS=self.input_ids_BS[start:stop, :longest],
+            position_ids_3BS=self.position_ids_3BS[:, start:stop, :longest],
+            lengths_B=self.lengths_B[start:stop],
+            response_index_BT=self.response_index_BT[start:stop],
+            mask_BT=self.mask_BT[start:stop],
+            pixel_values_NC=torch.cat([pixels[i] for i in used.tolist()]) if len(used) else self.pixel_values_NC[:0],
+            grids_I3=self.grids_I3[used],
+            image_of=image_of,
+            ids=self.ids[start:stop],
+        )
+
+    def _image_runs(self) -> list[int]:
+        """For each sequence, how many image runs stand before it; one entry more for the end."""
+        return [0, *torch.tensor(self.images_per_row).cumsum(0).tolist()]
+
+
+def micro_batches(batch: SequenceBatch, max_tokens: int | None) -> Iterator[tuple[slice, SequenceBatch]]:
+    """Cut a batch along B into pieces whose padded size stays within `max_tokens` (a single longer sequence stands
+    alone). None does not cut. Every piece comes with the rows it holds."""
+    if max_tokens is None:
+        yield slice(0, len(batch)), batch
+        return
+    start, longest = 0, 0
+    lengths = batch.lengths_B.tolist()
+    for row, length in enumerate(lengths):
+        if row > start and max(longest, length) * (row - start + 1) > max_tokens:
+            yield slice(start, row), batch.rows(start, row)
+            start, longest = row, 0
+        longest = max(longest, length)
+    yield slice(start, len(batch)), batch.rows(start, len(batch))

@@ -1,0 +1,46 @@
+"""Learning-rate schedules, gradient clipping, and the checks before an optimiser steps."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Schedule = Literal["constant", "cosine", "linear"]
+
+
+def lr_scheduler(optimizer: Optimizer, schedule: Schedule, warmup: float, num_steps: float) -> Any:
+    """A learning-rate schedule stepped once an optimiser step.
+
+    Args:
+        warmup: linear warm-up; below 1 a share of `num_steps`, else a number of steps.
+        num_steps: of the whole run; only `constant` works for an unlimited one.
+    """
+    from transformers import get_scheduler
+
+    if schedule == "constant":
+        if 0 < warmup < 1 and num_steps == float("inf"):
+            raise ValueError(f"warmup={warmup} is a share of the run: set trainer.max_steps, or warmup to a step count")
+        warmup_steps = int(warmup * num_steps) if warmup < 1 and num_steps != float("inf") else int(warmup)
+        return get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=warmup_steps)
+    if num_steps == float("inf"):
+        raise ValueError(f"schedule={schedule!r} needs an end: set trainer.max_steps or trainer.max_epochs")
+    warmup_steps = int(warmup * num_steps) if warmup < 1 else int(warmup)
+    return get_scheduler(schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=int(num_steps))
+
+
+def check_finite(value: Tensor, what: str, ids: Sequence[str]) -> None:
+    """Stop before an optimiser step that would ruin the weights: ValueError naming what is not finite and the batch."""
+    if not bool(torch.isfinite(value.detach()).all()):
+        shown = ", ".join(dict.fromkeys(ids))
+        raise ValueError(
+            f"{what} is not finite ({value.detach().tolist()}) on the batch of rows {shown[:400]}. Nothing was stepped "
+            "and the last checkpoint is intact: lower the learning rate, or look at these rows"
+        )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Clip to a total norm (None: only measure it) and return the norm from before."""
+    parameters = [p for p in parameters if p.grad is not None]
+    return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)

@@ -1,0 +1,249 @@
+"""Load or build a policy, run it over batches, and save it in Hugging Face format with its processor."""
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prism_pl.batch import SequenceBatch
+from prism_pl.processor import Processor
+
+PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+WEIGHT_INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class PolicySpec:
+    """Which policy to train and how to hold it.
+
+    Attributes:
+        path: a folder in Hugging Face format or a hub id.
+        from_scratch: take only configuration and processor from `path` and draw the weights anew.
+        attn_implementation: of the text layers: `sdpa`, `eager`, or a flash-attention implementation of transformers.
+        gradient_checkpointing: recompute each layer in the backward pass (non-reentrant).
+        max_pixels: images above this many pixels are scaled down; None keeps the processor's own limit.
+    """
+
+    path: str
+    from_scratch: bool = False
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    max_pixels: int | None = None
+
+    def processor(self) -> Processor:
+        """The tokenizer and image processor at `path`."""
+        check_policy_path(self.path)
+        return Processor.from_path(self.path, self.max_pixels)
+
+
+def check_policy_path(path: str) -> None:
+    """Refuse what is no vision-language policy, before anything heavy is loaded. ValueError or FileNotFoundError."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+            raise FileNotFoundError(
+                f"policy.path {path!r} is no folder: name a folder in Hugging Face format or a hub id such as "
+                "Qwen/Qwen3-VL-4B-Instruct"
+            )
+        return
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise ValueError(f"policy.path {path!r} holds no config.json: name the export/ folder of a run, or a hub id")
+    model_type = json.loads(config_file.read_text()).get("model_type")
+    if model_type != "qwen3_vl":
+        raise ValueError(
+            f"policy.path {path!r} is a {model_type!r} model, not a vision-language model of the family qwen3_vl"
+        )
+
+
+def build_policy(spec: PolicySpec, freeze: Sequence[str] = ()) -> Any:
+    """A `Qwen3VLForConditionalGeneration` in float32, in training mode.
+
+    Args:
+        freeze: name patterns of parameters that stay as they are, e.g. `model.visual.*` (vision tower and projectors).
+
+    Weights are read from safetensors only, and no code from the checkpoint is run. Raises ValueError where weights are
+    missing, where only pickled weights are found, or where a freeze pattern matches nothing.
+    """
+    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+
+    check_policy_path(spec.path)
+    if spec.from_scratch:
+        config = AutoConfig.from_pretrained(spec.path)
+        policy = Qwen3VLForConditionalGeneration._from_config(
+            config, attn_implementation=spec.attn_implementation, dtype=torch.float32
+        )
+    else:
+        policy = load_safetensors(Qwen3VLForConditionalGeneration, spec.path, spec.attn_implementation)
+    batch_vision_attention(policy)
+    if spec.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    freeze_matching(policy, freeze)
+    return policy.train()
+
+
+def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
+    """`kind.from_pretrained` that accepts safetensors only and no missing weight. Both are a ValueError."""
+    folder = Path(path)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        pickles = [p.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(suffix)]
+        found = f"only pickled weights ({', '.join(sorted(pickles))}), which can run code" if pickles else "no weights"
+        raise ValueError(f"{path!r} holds {found}: convert them to model.safetensors (save_pretrained does)")
+    model, info = kind.from_pretrained(
+        path,
+        attn_implementation=attn_implementation,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{path!r} lacks {len(missing)} weights of its own config, e.g. {missing[0]!r}")
+    return model
+
+
+def freeze_matching(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Turn off gradients for the parameters whose names match. A pattern that matches nothing is a ValueError."""
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"freeze pattern {pattern!r} matches no parameter; names look like {names[0]!r}")
+    for name, parameter in module.named_parameters():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
+def batch_vision_attention(policy: Any) -> None:
+    """Attend over all images at once. Under sdpa transformers' vision tower loops over images; an implementation whose
+    name says flash gets the image bounds instead, so ours carries that word and takes them."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("prism_flash_bounds", bounded_attention)
+    policy.model.visual.config._attn_implementation_internal = "prism_flash_bounds"
+
+
+def bounded_attention(
+    module: nn.Module,
+    query_1HND: Tensor,
+    key_1HND: Tensor,
+    value_1HND: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    dropout: float = 0.0,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention inside each image of a packed row of N patches, H heads, D a head.
+
+    Args:
+        cu_seq_lens_q: bounds of the images in the row, from 0 to N.
+        max_length_q: the longest image.
+
+    Returns:
+        The attended values, (1, N, H, D), and no weights.
+    """
+    assert attention_mask is None and dropout == 0.0
+    num_images = cu_seq_lens_q.numel() - 1
+    _, heads, length, width = query_1HND.shape
+    if num_images * max_length_q == length:  # one grid for all: a plain batch
+        rows = [
+            x.view(heads, num_images, max_length_q, width).transpose(0, 1) for x in (query_1HND, key_1HND, value_1HND)
+        ]
+        out = nn.functional.scaled_dot_product_attention(*rows, scale=scaling)
+        return out.transpose(1, 2).reshape(1, length, heads, width), None
+    if query_1HND.is_cuda and query_1HND.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        flat = [x[0].transpose(0, 1).contiguous() for x in (query_1HND, key_1HND, value_1HND)]
+        bounds = cu_seq_lens_q.to(torch.int32)
+        return varlen_attn(*flat, bounds, bounds, max_length_q, max_length_q, scale=scaling).unsqueeze(0), None
+    sizes = cu_seq_lens_q.diff().tolist()
+    images = zip(*(x.split(sizes, dim=2) for x in (query_1HND, key_1HND, value_1HND)), strict=True)
+    parts = [nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in images]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def hidden_states(model: Any, batch: SequenceBatch) -> Tensor:
+    """Last hidden states, (B, S, hidden), of a Qwen3-VL backbone (`Qwen3VLModel`) over a batch.
+
+    The vision tower runs once an image, however many sequences share it. Right padding needs no mask: under causal
+    attention no real token sees what stands behind it.
+    """
+    embeds = model.get_input_embeddings()(batch.input_ids_BS)
+    if len(batch.grids_I3) == 0:
+        return model.language_model(
+            inputs_embeds=embeds, position_ids=batch.position_ids_3BS, use_cache=False
+        ).last_hidden_state
+    visual_BS, features, deepstack = image_tokens(model, batch)
+    embeds = embeds.masked_scatter(visual_BS.unsqueeze(-1), features.to(embeds.dtype))
+    return model.language_model(
+        inputs_embeds=embeds,
+        position_ids=batch.position_ids_3BS,
+        use_cache=False,
+        visual_pos_masks=visual_BS,
+        deepstack_visual_embeds=deepstack,
+    ).last_hidden_state
+
+
+def image_tokens(model: Any, batch: SequenceBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Where the visual tokens stand, their features, and the features of the deepstack layers, in batch order."""
+    out = model.get_image_features(batch.pixel_values_NC, batch.grids_I3, return_dict=True)
+    order = batch.image_of.tolist()
+    visual_BS = batch.input_ids_BS == model.config.image_token_id
+    features = torch.cat([out.pooler_output[i] for i in order])
+    deepstack = [torch.cat([layer[i] for i in order]) for layer in out.deepstack_features]
+    return visual_BS, features, deepstack
+
+
+def save_policy(
+    policy: Any, processor: Processor, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> None:
+    """Write weights (safetensors), configuration, generation configuration, tokenizer and processor to `folder`.
+
+    Written to a temporary name beside it and renamed, so that a kill never leaves half an export.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    weights = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in policy.state_dict().items()}
+    policy.save_pretrained(temporary, state_dict=weights)
+    set_dtype(temporary / "config.json", dtype)
+    save_processor(processor, temporary)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+
+
+def set_dtype(config_file: Path, dtype: str) -> None:
+    """Say in a saved configuration, and in its parts, which dtype the weights beside it have."""
+    config = json.loads(config_file.read_text())
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        if "dtype" in part:
+            part["dtype"] = dtype
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_processor(processor: Processor, folder: Path) -> None:
+    """Write the tokenizer and processor files. From a folder they are copied as they stand, so that an export's
+    processor is its source's to the byte; from a hub id they are saved anew."""
+    source = Path(processor.source)
+    if not source.is_dir():
+        processor.tokenizer.save_pretrained(folder)
+        processor.image_processor.save_pretrained(folder)
+        return
+    for pattern in PROCESSOR_FILES:
+        for file in source.glob(pattern):
+            if file.name not in ("config.json", "generation_config.json", WEIGHT_INDEX):
+                shutil.copy(file, folder / file.name)

@@ -1,0 +1,194 @@
+"""From examples to tensors: chat text, token ids, image patches and M-RoPE positions.
+
+Prompt and response are tokenised apart and their ids concatenated, so the loss mask is exact and a sampled response
+keeps its sampled ids. Positions are made here, on the CPU, once a prompt: the model's own computation loops over samples
+and synchronises the device for each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from prism_pl.batch import Example, SequenceBatch
+from prism_pl.chat import SYSTEM_PROMPT
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An encoded prompt.
+
+    Attributes:
+        id: the example's.
+        text: the chat text with one placeholder an image, as an inference engine wants it.
+        ids: its token ids, with as many placeholders as the image has visual tokens.
+        positions_3S: M-RoPE positions of `ids`.
+        next_position: the position of the first response token.
+        pixel_values_NC, grids_I3: the images' patches and their (time, height, width) in patches.
+    """
+
+    id: str
+    text: str
+    ids: list[int]
+    positions_3S: Tensor
+    next_position: int
+    pixel_values_NC: Tensor
+    grids_I3: Tensor
+
+
+class Processor:
+    """A Qwen-style tokenizer and image processor behind the few calls the stages need.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template and Qwen's special tokens.
+        image_processor: Qwen2-VL's image processor (PIL backend: it needs no torchvision).
+        source: the folder or hub id both were read from; exports take their processor files from it.
+    """
+
+    def __init__(self, tokenizer: Any, image_processor: Any, source: str) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.source = source
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.eos_id: int = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.pad_id: int = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        vision = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in vision]
+        # A policy must never emit these: as input ids they would ask for images that are not there.
+        self.banned_ids: list[int] = [i for i in ids if i is not None and i != tokenizer.unk_token_id]
+
+    @classmethod
+    def from_path(cls, path: str, max_pixels: int | None = None) -> "Processor":
+        """Read tokenizer and image processor from a folder or hub id.
+
+        Args:
+            max_pixels: images above this are scaled down; None keeps the limit in `path`.
+        """
+        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        if max_pixels is not None:
+            image_processor.size["longest_edge"] = max_pixels
+        return cls(tokenizer, image_processor, str(path))
+
+    def prompt(self, example: Example) -> Prompt:
+        """Encode system prompt, images and question of an example."""
+        content: list[dict[str, str]] = [{"type": "image"} for _ in example.images]
+        content.append({"type": "text", "text": example.question})
+        system = SYSTEM_PROMPT if example.system is None else example.system
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        raw_ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        pixel_values_NC, grids_I3 = self._images(example)
+        ids, positions_3S, next_position = self._expand(raw_ids, grids_I3, example)
+        return Prompt(example.id, text, ids, positions_3S, next_position, pixel_values_NC, grids_I3)
+
+    def _images(self, example: Example) -> tuple[Tensor, Tensor]:
+        if not example.images:
+            size = self.image_processor
+            width = 3 * size.temporal_patch_size * size.patch_size**2
+            return torch.zeros(0, width), torch.zeros(0, 3, dtype=torch.long)
+        images = [open_image(image, example.id) for image in example.images]
+        encoded = self.image_processor(images=images, return_tensors="pt")
+        return encoded["pixel_values"], encoded["image_grid_thw"]
+
+    def _expand(self, raw_ids: list[int], grids_I3: Tensor, example: Example) -> tuple[list[int], Tensor, int]:
+        """Repeat each image placeholder once a visual token, and number the tokens as Qwen3-VL's M-RoPE does: text
+        counts on in all three axes, an image spans its grid from where the text stands, and the text after it goes on
+        behind the image's longer side."""
+        merge = self.image_processor.merge_size
+        placeholders = raw_ids.count(self.image_token_id)
+        if placeholders != len(grids_I3):
+            raise ValueError(
+                f"example {example.id!r} has {len(grids_I3)} images and its prompt {placeholders} image placeholders: "
+                "a question must not contain <|image_pad|> itself"
+            )
+        ids: list[int] = []
+        parts: list[Tensor] = []
+        position = 0
+        grids = iter(grids_I3.tolist())
+        start = 0
+        for end in [i for i, token in enumerate(raw_ids) if token == self.image_token_id]:
+            ids += raw_ids[start:end]
+            parts.append(torch.arange(position, position + end - start).expand(3, -1))
+            position += end - start
+            time, height, width = next(grids)
+            height, width = height // merge, width // merge
+            axes = torch.meshgrid(torch.arange(time), torch.arange(height), torch.arange(width), indexing="ij")
+            parts.append(torch.stack(axes).reshape(3, -1) + position)
+            ids += [self.image_token_id] * (time * height * width)
+            position += max(height, width)
+            start = end + 1
+        ids += raw_ids[start:]
+        parts.append(torch.arange(position, position + len(raw_ids) - start).expand(3, -1))
+        return ids, torch.cat(parts, dim=1), position + len(raw_ids) - start
+
+    def response_ids(self, text: str) -> list[int]:
+        """Token ids of a response with the end-of-turn token."""
+        return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.eos_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of sampled ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def sequences(
+        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], prompt_of: Sequence[int]
+    ) -> SequenceBatch:
+        """Concatenate prompts and responses into one right-padded batch.
+
+        Args:
+            prompts: P distinct prompts; each prompt's images stand once in the batch.
+            responses: B lists of response ids, none empty.
+            prompt_of: for each response, the index of its prompt.
+        """
+        rows = [prompts[p] for p in prompt_of]
+        ids = [torch.tensor([*row.ids, *response]) for row, response in zip(rows, responses, strict=True)]
+        positions = [_positions(row, len(response)) for row, response in zip(rows, responses, strict=True)]
+        index = [torch.arange(len(row.ids), len(row.ids) + len(r)) for row, r in zip(rows, responses, strict=True)]
+        counts = [len(prompt.grids_I3) for prompt in prompts]
+        first = [sum(counts[:p]) for p in range(len(prompts))]
+        image_of = [first[p] + i for p in prompt_of for i in range(counts[p])]
+        return SequenceBatch(
+            input_ids_BS=pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            position_ids_3BS=pad_sequence(positions, batch_first=True).permute(2, 0, 1).contiguous(),
+            lengths_B=torch.tensor([len(row) for row in ids]),
+            response_index_BT=pad_sequence(index, batch_first=True),
+            mask_BT=pad_sequence([torch.ones(len(r), dtype=torch.bool) for r in responses], batch_first=True),
+            pixel_values_NC=torch.cat([prompt.pixel_values_NC for prompt in prompts]),
+            grids_I3=torch.cat([prompt.grids_I3 for prompt in prompts]),
+            image_of=torch.tensor(image_of, dtype=torch.long),
+            images_per_row=[counts[p] for p in prompt_of],
+            ids=[row.id for row in rows],
+        )
+
+
+def _positions(prompt: Prompt, num_response: int) -> Tensor:
+    """(S, 3) positions of a prompt and the response that follows it."""
+    response = torch.arange(prompt.next_position, prompt.next_position + num_response)
+    return torch.cat([prompt.positions_3S, response.expand(3, -1)], dim=1).T
+
+
+def open_image(image: "Image | Path | str | bytes", where: str) -> "Image":
+    """Open a PIL image, a path or encoded bytes as RGB. ValueError names the row for a missing or broken file."""
+    import io
+
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"row {where!r}: the image {str(image)!r} does not exist") from None
+    except (UnidentifiedImageError, OSError) as error:
+        name = "its embedded image" if isinstance(image, bytes) else f"the image {str(image)!r}"
+        raise ValueError(f"row {where!r}: {name} cannot be read ({error})") from None

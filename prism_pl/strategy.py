@@ -1,0 +1,45 @@
+"""What the modules need of the training strategy, the same under `auto`, DDP and DeepSpeed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+
+@contextmanager
+def training_only(module: LightningModule, name: str) -> Iterator[nn.Module]:
+    """Give gradients only to the network `module.<name>`; every other network of the module is frozen meanwhile.
+
+    Parameters that were frozen before stay frozen, and all flags are restored afterwards.
+    """
+    network = module.get_submodule(name)
+    own = {id(parameter) for parameter in network.parameters()}
+    others = [p for p in module.parameters() if id(p) not in own and p.requires_grad]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield network
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def world_size() -> int:
+    """Ranks of the run; 1 where nothing is distributed."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def global_sum(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, without gradient."""
+    total = values.detach().clone()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def share(count: Tensor) -> Tensor:
+    """What a rank divides its loss sum by, so that gradients averaged over ranks are those of the global mean: the
+    global count divided by the number of ranks, at least 1 / ranks so that an empty batch gives zero and not NaN."""
+    return global_sum(count.float()).clamp_min(1.0) / world_size()
