@@ -56,7 +56,7 @@ def parse(text: str) -> Parsed:
     the answer block swallow a second response). Tags are case-sensitive.
 
     Example:
-        >>> parse("<caption>\\n- a red 3\\n</caption>\\n<think>\\n1. read 3\\n</think>\\n<answer>\\n3\\n</answer>").answer
+        >>> parse("<caption>- a red 3</caption> <think>1. read 3</think> <answer>3</answer>").answer
         '3'
     """
     reason = _malformed_reason(text)
@@ -88,7 +88,9 @@ def segments(parsed: Parsed) -> dict[str, str]:
     nor the line breaks can tell a rollout from a demonstration. Malformed responses have no segments: ValueError."""
     if not parsed.valid:
         raise ValueError(f"a malformed response has no segments: {parsed.reason}")
-    blocks = (f"<{n}> {p} </{n}>" for n, p in zip(BLOCKS, (parsed.caption, parsed.reasoning, parsed.answer), strict=True))
+    blocks = (
+        f"<{n}> {p} </{n}>" for n, p in zip(BLOCKS, (parsed.caption, parsed.reasoning, parsed.answer), strict=True)
+    )
     caption, think, answer = (normalise(block) for block in blocks)
     return {"perception": caption, "reasoning": f"{think} {answer}"}
 

@@ -150,7 +150,8 @@ def bounded_attention(
     Returns:
         The attended values, (1, N, H, D), and no weights.
     """
-    assert attention_mask is None and dropout == 0.0
+    assert attention_mask is None
+    assert dropout == 0.0
     num_images = cu_seq_lens_q.numel() - 1
     _, heads, length, width = query_1HND.shape
     if num_images * max_length_q == length:  # one grid for all: a plain batch

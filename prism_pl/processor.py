@@ -1,8 +1,8 @@
 """From examples to tensors: chat text, token ids, image patches and M-RoPE positions.
 
 Prompt and response are tokenised apart and their ids concatenated, so the loss mask is exact and a sampled response
-keeps its sampled ids. Positions are made here, on the CPU, once a prompt: the model's own computation loops over samples
-and synchronises the device for each.
+keeps its sampled ids. Positions are made here, on the CPU, once a prompt: the model's own computation loops over
+samples and synchronises the device for each.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,59 @@
+"""Shared fixtures: a blank tiny policy with random weights, made in milliseconds, and examples with real pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prism_pl.batch import Example
+from prism_pl.chat import render
+from scripts.blank_policy import ROOT, write_blank
+
+DEMONSTRATION = render(
+    "- red 3 at top left\n- blue 7 at centre", "1. the digits are 3 and 7\n2. 3 + 7 = 10\n3. so it is 10", "10"
+)
+SYSTEM = "Write <caption>, <think>, <answer>."
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def blank_policy(tmp_path_factory) -> str:
+    """A folder with tokenizer, processor and configuration of the tiny policy, without weights."""
+    folder = tmp_path_factory.mktemp("policy") / "blank"
+    words = "What is the sum of all digits? which largest green yellow purple orange bottom right user system assistant"
+    write_blank(folder, [DEMONSTRATION, SYSTEM, words] * 20, ROOT / "configs" / "digits" / "architecture.json", 400)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def random_policy(blank_policy, tmp_path_factory) -> str:
+    """A folder with a whole tiny policy, random weights included."""
+    from prism_pl.policy import PolicySpec, build_policy, save_policy
+
+    torch.manual_seed(0)
+    spec = PolicySpec(blank_policy, from_scratch=True)
+    folder = tmp_path_factory.mktemp("policy") / "random"
+    save_policy(build_policy(spec), spec.processor(), Path(folder))
+    return str(folder)
+
+
+def make_examples(num: int, *, width: int = 96) -> list[Example]:
+    """Examples with noise images, questions of different lengths, and one demonstration."""
+    generator = np.random.default_rng(0)
+    return [
+        Example(
+            id=f"row-{i}",
+            question="What is the sum of all digits?" + " largest" * (i % 3),
+            images=[Image.fromarray(generator.integers(0, 255, (96, width, 3), dtype=np.uint8))],
+            response=DEMONSTRATION,
+            answers=["10"],
+            system=SYSTEM,
+        )
+        for i in range(num)
+    ]
