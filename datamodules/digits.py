@@ -1,0 +1,112 @@
+"""The embedded default: reading and reckoning with real handwriting, on any CPU, nothing downloaded.
+
+`rows` says which rows `fit` trains on; validation and test are the same at every stage. In YAML:
+
+    data:
+      class_path: datamodules.digits.DigitsDataModule
+      init_args: {rows: align, num_train: 6000, batch_size: 8}
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import lightning as L
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
+
+from datamodules.digits_questions import FAMILIES
+from datamodules.digits_rows import SYSTEM_PROMPT, DigitsDataset, Recipe, corpus, make_example
+from prism_pl.batch import Example
+
+__all__ = ["DigitsDataModule", "DigitsDataset", "Recipe", "corpus", "make_example"]
+
+
+class DigitsDataModule(L.LightningDataModule):
+    """Digits rows for every stage.
+
+    The batches are made by the module's `collator`, a callable from a list of Examples to its batch.
+
+    Args:
+        rows: what `fit` trains on. `pretrain`: bare answers and plain captions, for the base policy; `sft`: public and
+            curated demonstrations; `warmup` and `align`: curated demonstrations, two sets apart from each other and
+            from `sft`; `rlvr`: prompts with answers.
+        num_train, num_validation, num_test, num_hard: rows of each split.
+        batch_size: rows a batch and process.
+        seed: of the rows and of the training order, which depends on nothing else but the epoch.
+        system_prompt: the same at every stage and in evaluation; None is `prism_pl.chat.SYSTEM_PROMPT`.
+        max_digits, hard_digits, curated, imprecise, skipped, captions, families: see `digits_rows.Recipe`.
+    """
+
+    def __init__(
+        self,
+        rows: Literal["pretrain", "sft", "warmup", "align", "rlvr"] = "sft",
+        num_train: int = 6000,
+        num_validation: int = 64,
+        num_test: int = 320,
+        num_hard: int = 160,
+        batch_size: int = 32,
+        seed: int = 0,
+        system_prompt: str | None = SYSTEM_PROMPT,
+        max_digits: int = 3,
+        hard_digits: tuple[int, int] = (4, 5),
+        curated: float = 0.25,
+        imprecise: float = 0.3,
+        skipped: float = 0.3,
+        captions: float = 0.4,
+        families: Sequence[str] = FAMILIES,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"num_train": num_train, "num_validation": num_validation, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}: give at least 1")
+        self.recipe = Recipe(
+            max_digits=max_digits,
+            hard_digits=hard_digits,
+            curated=curated,
+            imprecise=imprecise,
+            skipped=skipped,
+            captions=captions,
+            system_prompt=system_prompt,
+            families=tuple(families),
+        )
+        self.seed = seed
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        brief = rows == "pretrain"
+        self.train_rows = DigitsDataset(rows, num_train, seed, self.recipe)
+        self.validation_rows = DigitsDataset("validation", num_validation, seed, self.recipe, brief=brief)
+        self.test_rows: Dataset[Example] = ConcatDataset(
+            [DigitsDataset("test", num_test, seed, self.recipe), DigitsDataset("hard", num_hard, seed, self.recipe)]
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        # Also on one process: its order is a function of (seed, epoch), and Lightning tells it the epoch.
+        sampler = DistributedSampler(
+            self.train_rows,
+            num_replicas=self.trainer.world_size,
+            rank=self.trainer.global_rank,
+            seed=self.seed,
+            drop_last=True,
+        )
+        return self._loader(self.train_rows, sampler, drop_last=len(self.train_rows) >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.validation_rows)
+
+    def test_dataloader(self) -> DataLoader:
+        """Test and hard rows in one loader: `meta["family"]` and `meta["split"]` tell them apart."""
+        return self._loader(self.test_rows)
+
+    def _loader(
+        self, rows: Dataset[Example], sampler: DistributedSampler | None = None, drop_last: bool = False
+    ) -> DataLoader:
+        assert self.trainer is not None
+        return DataLoader(
+            rows,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            collate_fn=self.trainer.lightning_module.collator,
+            num_workers=self.num_workers,
+        )
