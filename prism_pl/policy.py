@@ -196,12 +196,20 @@ def hidden_states(model: Any, batch: SequenceBatch) -> Tensor:
 
 def image_tokens(model: Any, batch: SequenceBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Where the visual tokens stand, their features, and the features of the deepstack layers, in batch order."""
-    out = model.get_image_features(batch.pixel_values_NC, batch.grids_I3, return_dict=True)
+    # Of the vision tower itself: what `get_image_features` splits for us differs between transformers 5.17 and 5.19.
+    out = model.visual(batch.pixel_values_NC.to(model.visual.dtype), grid_thw=batch.grids_I3, return_dict=True)
+    tokens = (batch.grids_I3.prod(-1) // model.visual.spatial_merge_size**2).tolist()
     order = batch.image_of.tolist()
     visual_BS = batch.input_ids_BS == model.config.image_token_id
-    features = torch.cat([out.pooler_output[i] for i in order])
-    deepstack = [torch.cat([layer[i] for i in order]) for layer in out.deepstack_features]
+    features = _images_in_order(out.pooler_output, tokens, order)
+    deepstack = [_images_in_order(layer, tokens, order) for layer in out.deepstack_features]
     return visual_BS, features, deepstack
+
+
+def _images_in_order(features: Tensor, tokens: list[int], order: list[int]) -> Tensor:
+    """The rows of each image of `order`, one image after the other; `tokens` are the rows of each."""
+    images = features.split(tokens)
+    return torch.cat([images[i] for i in order])
 
 
 def save_policy(
