@@ -121,8 +121,14 @@ def test_a_constant_ratio_has_no_width():
     assert ratio_interval([1, 2, 3], [2, 4, 6]) == (0.5, 0.5, 0.5, 3)
 
 
-def test_a_ratio_of_nothing_is_nan():
+def test_the_order_of_the_prompts_does_not_change_a_ratios_interval():
+    numerators, denominators = np.random.default_rng(6).integers(1, 9, (2, 40))
+    assert ratio_interval(numerators[::-1], denominators[::-1]) == ratio_interval(numerators, denominators)
+
+
+def test_a_ratio_to_nothing_is_nan():
     assert np.isnan(ratio_interval([0, 0], [0, 0])[:3]).all()
+    assert np.isnan(ratio_interval([1, 0], [0, 0])[:3]).all()
 
 
 def test_paired_ratio_difference_hand_values():
