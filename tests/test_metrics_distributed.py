@@ -1,0 +1,120 @@
+"""Every metric over two processes, or merged from two halves, gives what one process gives on all the data."""
+
+import multiprocessing
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+from torch.multiprocessing.spawn import start_processes
+from torchmetrics import Metric
+
+from prism_pl.chat import render
+from prism_pl.metrics import (
+    BootstrapMean,
+    CaptionFaithfulness,
+    DescriptiveItems,
+    DistributionDistance,
+    LengthDistance,
+    PassAtK,
+    ReasoningSteps,
+    RewardGapMetric,
+    StepCorrectness,
+)
+
+NUM_PROMPTS = 5
+
+
+def make_metrics() -> dict[str, Metric]:
+    return {
+        "steps": ReasoningSteps(),
+        "items": DescriptiveItems(),
+        "distance": DistributionDistance(segment="reasoning"),
+        "lengths": LengthDistance(),
+        "pass": PassAtK([1, 2]),
+        "gap": RewardGapMetric(),
+        "captions": CaptionFaithfulness(),
+        "correctness": StepCorrectness(),
+        "mean": BootstrapMean(num_resamples=500),
+    }
+
+
+def update(metrics: dict[str, Metric], prompts: range) -> None:
+    """Feed the prompts, one update each. Prompt 1 is malformed."""
+    for p in prompts:
+        response = render("- x\n" * (p + 1), "1. x\n" * (2 * p + 1), "3") if p != 1 else "malformed"
+        teacher = render("- x\n" * 3, "1. x\n" * 4, "3")
+        generator = torch.Generator().manual_seed(p)
+        scores_PG, valid_PG = torch.randn(1, 4, generator=generator), torch.tensor([[True, True, True, p != 1]])
+        metrics["steps"].update([response])
+        metrics["items"].update([response])
+        metrics["distance"].update(policy=[response], supervision=[teacher])
+        metrics["lengths"].update(policy=[7 * p], supervision=[20])
+        metrics["pass"].update(scores_PG > 0)
+        metrics["gap"].update(torch.tensor([0.1 * p]), scores_PG, valid_PG)
+        metrics["captions"].update([["red 3"] * p if p != 1 else None], [Counter({"red 3": 2})])
+        metrics["correctness"].update([p], [p + 1], [2 * p + 1])
+        metrics["mean"].update([0.3 * p])
+
+
+def compute(metrics: dict[str, Metric]) -> dict[str, dict[str, float]]:
+    return {name: {key: x.item() for key, x in metric.compute().items()} for name, metric in metrics.items()}
+
+
+def one_process() -> dict[str, dict[str, float]]:
+    metrics = make_metrics()
+    update(metrics, range(NUM_PROMPTS))
+    return compute(metrics)
+
+
+def assert_same(result: dict[str, dict[str, float]]) -> None:
+    expected = one_process()
+    assert result.keys() == expected.keys()
+    for name, values in expected.items():
+        assert result[name] == pytest.approx(values, rel=1e-6, nan_ok=True), name
+
+
+def test_the_data_of_this_file_tell_the_halves_apart():
+    first, second, whole = make_metrics(), make_metrics(), one_process()
+    update(first, range(2))
+    update(second, range(2, NUM_PROMPTS))
+    for half in (compute(first), compute(second)):
+        for name in whole:
+            assert half[name] != pytest.approx(whole[name], rel=1e-3, nan_ok=True), name
+
+
+def test_merged_states_equal_one_process():
+    first, second = make_metrics(), make_metrics()
+    update(first, range(2))
+    update(second, range(2, NUM_PROMPTS))
+    for name, metric in first.items():
+        metric.merge_state(second[name])
+    assert_same(compute(first))
+
+
+def test_forward_gives_the_batch_and_keeps_the_whole():
+    metric = PassAtK([1])
+    assert metric(torch.tensor([[1, 1]]))["pass_at_1"] == 1
+    assert metric(torch.tensor([[0, 0]]))["pass_at_1"] == 0
+    assert metric.compute()["pass_at_1"] == 0.5
+
+
+def _run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    uneven, idle = make_metrics(), make_metrics()
+    update(uneven, range(2) if rank == 0 else range(2, NUM_PROMPTS))
+    update(idle, range(NUM_PROMPTS) if rank == 1 else range(0))
+    torch.save({"uneven": compute(uneven), "idle": compute(idle)}, Path(folder) / f"rank{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one_with_uneven_shares_and_with_an_idle_rank(tmp_path):
+    # A fork server imports torchmetrics once for both ranks, and, unlike a fork of pytest, has no threads.
+    multiprocessing.set_forkserver_preload([__name__])
+    start_processes(_run_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
+    for rank in range(2):
+        results = torch.load(tmp_path / f"rank{rank}.pt")
+        assert_same(results["uneven"])
+        assert_same(results["idle"])
