@@ -7,17 +7,29 @@
       init_args: {rows: align, num_train: 6000, batch_size: 8}
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
 
 import lightning as L
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from datamodules.digits_checks import caption_items, check_steps, faithfulness, scene_items
 from datamodules.digits_questions import FAMILIES
 from datamodules.digits_rows import SYSTEM_PROMPT, DigitsDataset, Recipe, corpus, make_example
+from datamodules.loading import train_loader
 from prism_pl.batch import Example
 
-__all__ = ["DigitsDataModule", "DigitsDataset", "Recipe", "corpus", "make_example"]
+__all__ = [
+    "DigitsDataModule",
+    "DigitsDataset",
+    "Recipe",
+    "caption_items",
+    "check_steps",
+    "corpus",
+    "faithfulness",
+    "make_example",
+    "scene_items",
+]
 
 
 class DigitsDataModule(L.LightningDataModule):
@@ -56,7 +68,8 @@ class DigitsDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in {"num_train": num_train, "num_validation": num_validation, "batch_size": batch_size}.items():
+        sizes = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test, "num_hard": num_hard}
+        for name, value in {**sizes, "batch_size": batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}: give at least 1")
         self.recipe = Recipe(
@@ -81,32 +94,25 @@ class DigitsDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        # Also on one process: its order is a function of (seed, epoch), and Lightning tells it the epoch.
-        sampler = DistributedSampler(
+        return train_loader(
             self.train_rows,
-            num_replicas=self.trainer.world_size,
-            rank=self.trainer.global_rank,
+            self.trainer,
+            self._collator(),
+            batch_size=self.batch_size,
             seed=self.seed,
-            drop_last=True,
+            num_workers=self.num_workers,
         )
-        return self._loader(self.train_rows, sampler, drop_last=len(self.train_rows) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.validation_rows)
+        return self._in_order(self.validation_rows)
 
     def test_dataloader(self) -> DataLoader:
         """Test and hard rows in one loader: `meta["family"]` and `meta["split"]` tell them apart."""
-        return self._loader(self.test_rows)
+        return self._in_order(self.test_rows)
 
-    def _loader(
-        self, rows: Dataset[Example], sampler: DistributedSampler | None = None, drop_last: bool = False
-    ) -> DataLoader:
+    def _in_order(self, rows: Dataset[Example]) -> DataLoader:
+        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self._collator(), num_workers=self.num_workers)
+
+    def _collator(self) -> Callable[[list[Example]], Any]:
         assert self.trainer is not None
-        return DataLoader(
-            rows,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            collate_fn=self.trainer.lightning_module.collator,
-            num_workers=self.num_workers,
-        )
+        return cast("Callable[[list[Example]], Any]", self.trainer.lightning_module.collator)

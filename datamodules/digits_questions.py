@@ -184,6 +184,8 @@ def _maximum_colour(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def _count_colour(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if len(scene) < 2:
+        return None
     # A quarter of the questions ask for any colour, mostly one that is not there, so that 0 is an answer too.
     colour = str(rng.choice(list(COLOURS)) if rng.random() < 0.25 else scene[rng.integers(len(scene))]["colour"])
     reads = ("colours: " + " ".join(item["colour"] for item in scene),)

@@ -59,11 +59,12 @@ def _handwriting() -> tuple[np.ndarray, np.ndarray]:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    table = load_digits()
-    small = (table.images * (255 / 16)).round().astype(np.uint8)
+    # 16 levels of grey.
+    levels, labels = load_digits(return_X_y=True)
+    small = (np.asarray(levels) * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
     size = (GLYPH, GLYPH)
     glyphs = np.stack([np.asarray(Image.fromarray(glyph).resize(size, Image.Resampling.BICUBIC)) for glyph in small])
-    return glyphs.astype(np.float32) / 255, table.target
+    return glyphs.astype(np.float32) / 255, np.asarray(labels)
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,70 @@
+"""Training loaders whose order depends on seed and epoch alone and that go on in the middle of an epoch."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from prism_pl.batch import Example
+
+
+class ShuffledSampler(DistributedSampler):
+    """DistributedSampler (also used on one process: its order is a function of seed and epoch) that can leave out the
+    first `skip` rows of its share."""
+
+    skip: int = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.skip, None)
+
+
+class ResumableLoader(DataLoader):
+    """A loader that Lightning saves with the checkpoint. After a resume it goes on behind the last batch trained on,
+    in the same order; an epoch that was finished is not gone into again."""
+
+    _epoch = 0
+    _num_batches = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator, so that workers start with the first batch: by then Lightning has told the sampler the epoch.
+        sampler = self.sampler
+        if isinstance(sampler, ShuffledSampler):
+            resumed = sampler.epoch == self._epoch and self._num_batches < len(self)
+            self._num_batches = self._num_batches if resumed else 0
+            self._epoch = sampler.epoch
+            sampler.skip = self._num_batches * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._num_batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "num_batches": self._num_batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._epoch, self._num_batches = state["epoch"], state["num_batches"]
+
+
+def train_loader(
+    rows: Dataset[Example],
+    trainer: L.Trainer,
+    collator: Callable[[list[Example]], Any],
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+) -> ResumableLoader:
+    """Shuffled batches of `rows` for this process; an incomplete last batch is left out, so that all ranks do the same
+    number of steps. Raises ValueError when there is not one full batch for each process."""
+    sampler = ShuffledSampler(
+        rows, num_replicas=trainer.world_size, rank=trainer.global_rank, seed=seed, drop_last=trainer.world_size > 1
+    )
+    if len(sampler) < batch_size:
+        raise ValueError(
+            f"batch_size is {batch_size}, but each of {trainer.world_size} processes has only {len(sampler)} training "
+            "rows: give a smaller batch_size or more rows"
+        )
+    return ResumableLoader(
+        rows, batch_size=batch_size, sampler=sampler, collate_fn=collator, num_workers=num_workers, drop_last=True
+    )
