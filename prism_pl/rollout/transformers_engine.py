@@ -162,8 +162,6 @@ def _inference(policy: Any) -> Iterator[None]:
         policy.generation_config = defaults
         for module in training:
             module.training = True
-        # Weights cast here, without gradients, must not serve the trainer's forward under the same autocast.
-        torch.clear_autocast_cache()
 
 
 def _left_padded(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,10 +186,11 @@ def _prefill(model: Any, prompts: Sequence[Prompt], ids_PS: Tensor, mask_PS: Ten
     if any(len(prompt.grids_I3) for prompt in prompts):
         pixel_values_NC = torch.cat([prompt.pixel_values_NC for prompt in prompts]).to(ids_PS.device)
         grids_I3 = torch.cat([prompt.grids_I3 for prompt in prompts]).to(ids_PS.device)
-        images = model.get_image_features(pixel_values_NC, grids_I3, return_dict=True)
+        # The tower itself: what `get_image_features` makes of its deepstack features changes between versions.
+        images = model.visual(pixel_values_NC.to(model.visual.dtype), grid_thw=grids_I3, return_dict=True)
         visual_PS = ids_PS == model.config.image_token_id
-        embeds = embeds.masked_scatter(visual_PS.unsqueeze(-1), torch.cat(images.pooler_output).to(embeds.dtype))
-        deepstack = [torch.cat(layer) for layer in images.deepstack_features]
+        embeds = embeds.masked_scatter(visual_PS.unsqueeze(-1), images.pooler_output.to(embeds.dtype))
+        deepstack = images.deepstack_features
     return model.language_model(
         inputs_embeds=embeds,
         attention_mask=mask_PS[:, :-1],
@@ -205,14 +204,14 @@ def _prefill(model: Any, prompts: Sequence[Prompt], ids_PS: Tensor, mask_PS: Ten
 
 def _warpers(sampling: Sampling, banned_ids: Sequence[int], device: torch.device) -> list[Any]:
     """transformers' logits processors for these options, in the order in which it applies them."""
-    from transformers.generation import (
+    from transformers.generation.logits_process import (
         SuppressTokensLogitsProcessor,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
         TopPLogitsWarper,
     )
 
-    warpers: list[Any] = [SuppressTokensLogitsProcessor(list(banned_ids), device=device)] if banned_ids else []
+    warpers: list[Any] = [SuppressTokensLogitsProcessor(list(banned_ids), device=str(device))] if banned_ids else []
     if sampling.temperature == 0:
         return warpers
     if sampling.temperature != 1:
