@@ -28,6 +28,38 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature is {self.temperature}: it is 0 (greedy) or more")
+        if self.max_tokens < 1:
+            raise ValueError(f"sampling.max_tokens is {self.max_tokens}: a response has at least 1 token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is {self.top_p}: it lies above 0 and up to 1 (1 keeps everything)")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k is {self.top_k}: it is 0 (keeps everything) or more")
+
+
+def check_training_sampling(sampling: Sampling) -> None:
+    """Refuse, with a ValueError, what the trainer's log-probabilities cannot follow.
+
+    The trainer's distribution is softmax(logits / temperature) without the banned ids. Cut at top_p or top_k, the
+    samples come from another one, and the policy gradient is biased by the tokens that could not be drawn.
+    """
+    if sampling.temperature == 0:
+        raise ValueError(
+            "sampling.temperature is 0 (greedy): training needs a distribution to sample from, e.g. temperature: 1.0"
+        )
+    if sampling.top_p < 1:
+        raise ValueError(
+            f"sampling.top_p is {sampling.top_p}: in training the samples would not come from the distribution whose "
+            "log-probabilities the loss uses; set top_p: 1.0 (a lower one is for evaluation)"
+        )
+    if sampling.top_k > 0:
+        raise ValueError(
+            f"sampling.top_k is {sampling.top_k}: in training the samples would not come from the distribution whose "
+            "log-probabilities the loss uses; set top_k: 0 (a cut is for evaluation)"
+        )
+
 
 @dataclass(frozen=True)
 class Rollout:
