@@ -4,8 +4,8 @@
 comparisons of this process got no verdict. `AccuracyFormatReward` combines them.
 """
 
-from prism_pl.rewards.equality import accuracy
 from prism_pl.rewards.accuracy_format import AccuracyFormatReward, Reward, RewardOutput
+from prism_pl.rewards.equality import accuracy
 from prism_pl.rewards.shape import format, overlong
 from prism_pl.rewards.symbolic import timeouts
 

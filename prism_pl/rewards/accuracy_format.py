@@ -10,21 +10,19 @@ Any class with the same `__call__` fits, wherever it is defined:
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from prism_pl.batch import Example
 from prism_pl.chat import lenient_answer, parse
 from prism_pl.rewards.equality import accuracy
-
-if TYPE_CHECKING:
-    from prism_pl.batch import Example
 
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """`rewards_B` (float32) is what the policy is trained on; each of `parts`, also of shape (B,), is logged by name."""
+    """`rewards_B` (float32) is what the policy is trained on; each of `parts`, shaped alike, is logged by name."""
 
     rewards_B: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -33,22 +31,23 @@ class RewardOutput:
 class Reward(Protocol):
     """Scores whole responses, each against its own example (so an example stands once for each of its rollouts)."""
 
-    def __call__(self, responses: list[str], examples: "list[Example]") -> RewardOutput: ...
+    def __call__(self, responses: list[str], examples: list[Example]) -> RewardOutput: ...
 
 
 class AccuracyFormatReward:
-    """`accuracy_weight * accuracy + format_weight * format` (PRISM, section 5: 0.8 and 0.2), parts "accuracy", "format".
+    """`accuracy_weight * accuracy + format_weight * format` (PRISM: 0.8 and 0.2); parts "accuracy" and "format".
 
-    The answer is right when it equals any of `example.answers` by `prism_pl.rewards.accuracy`. A malformed response gets
-    0, also when its answer block is empty or a second answer stands in its reasoning. With `strict: false` the answer of a
-    malformed response is looked for wherever it stands, and only its format part is 0.
+    The answer is right when it equals any of `example.answers` by `prism_pl.rewards.accuracy`. A malformed response
+    gets 0, also when its answer block is empty or a second answer stands in its reasoning. With `strict: false` the
+    answer of a malformed response is looked for wherever it stands, and only its format part is 0.
 
     One row of the embedded digits, and what a right response earns:
 
-        question   "What is the sum of the two digits?"
-        answers    ["11"]
-        response   "<caption>\\n- a red 4\\n- a blue 7\\n</caption>\\n<think>\\n1. 4 + 7 = 11\\n</think>\\n<answer>\\n11\\n</answer>"
-        rewards_B  [1.0]; with the answer 12 [0.2]; without its <caption> [0.0]
+        question   "Sum of left and red?"
+        answers    ["7"]
+        response   "<caption>\\n- 2 digits\\n- green 7 at left\\n- red 0 at centre\\n</caption>\\n<think>\\n1. left: 7
+                    \\n2. red: 0\\n3. 7 + 0 = 7\\n4. the sum is 7\\n</think>\\n<answer>\\n7\\n</answer>"
+        rewards_B  [1.0]; with the answer 8 [0.2]; without the caption's tags [0.0]
     """
 
     def __init__(self, accuracy_weight: float = 0.8, format_weight: float = 0.2, strict: bool = True) -> None:
@@ -61,7 +60,7 @@ class AccuracyFormatReward:
         self.format_weight = format_weight
         self.strict = strict
 
-    def __call__(self, responses: list[str], examples: "list[Example]") -> RewardOutput:
+    def __call__(self, responses: list[str], examples: list[Example]) -> RewardOutput:
         """Score B responses. Raises ValueError for an example without an answer, naming it."""
         if len(responses) != len(examples):
             raise ValueError(f"{len(responses)} responses for {len(examples)} examples: give each response its example")
@@ -77,7 +76,7 @@ class AccuracyFormatReward:
         rewards_B = self.accuracy_weight * accuracy_B + self.format_weight * format_B
         return RewardOutput(rewards_B, {"accuracy": accuracy_B, "format": format_B})
 
-    def _score(self, response: str, example: "Example") -> tuple[float, float]:
+    def _score(self, response: str, example: Example) -> tuple[float, float]:
         """(accuracy, format) of one response."""
         parsed = parse(response)
         if not parsed.valid and self.strict:

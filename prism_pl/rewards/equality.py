@@ -35,9 +35,10 @@ _FUNCTION = re.compile(
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 _PROSE = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z]{4,}|[a-zA-Z]{2,}\s+[a-zA-Z0-9]|[a-zA-Z]\s+[a-zA-Z]{2,})")
 # math-verify reads "3 4" as 3 + 4, "3:4" as a fraction, "3_4" as 3, and passes over quotation marks.
-_NOT_MATHS = re.compile(r"\d\s+[\d.]|\d\s*[:_]|[\"'?#@&;`]|\.\.")
+_NOT_MATHS = re.compile(r"(?<!_)\d\s+[\d.]|\d\s*[:_]|[\"'?#@&;`]|\.\.")
 _WORKED_OUT = re.compile(r"[\d.}\])]\s*(?:[-+*]|\\times|\\cdot|\\div)\s*[-+]?[\d.\\({\[]")
 _LARGE_FACTORIAL = re.compile(r"\d{5,}\)?\s*!")
+_REGION = re.compile(r"[<>]|\\(?:le|ge|cup|cap|in|begin)(?![a-zA-Z])")
 _TOWER = re.compile(r"\d+(?:\s*\^\s*\{?\s*\(?\s*\d+)+")
 
 
@@ -85,10 +86,11 @@ def _equal_quantity(answer: str, truth: str) -> bool | None:
     a, b = number(value), number(true_value)
     if a is not None and b is not None:
         return _same_quantity(a, unit, b, true_unit, plain and true_plain)
-    if (unit or true_unit) and (a is None) == (b is None):
-        # `2\sqrt{3} cm`: the values are compared by the other rules, units only when they are the same.
-        alike = unit == true_unit or (_ignorable(unit) and _ignorable(true_unit) and plain and true_plain)
-        return True if alike and (value, true_value) != (answer, truth) and _equal(value, true_value) else None
+    if (unit or true_unit) and a is None and b is None:
+        # `2\sqrt{3} cm`: the other rules compare the values; here units are not converted.
+        one_sided = (unit is None or true_unit is None) and _ignorable(unit) and _ignorable(true_unit)
+        alike = unit == true_unit or (one_sided and plain and true_plain)
+        return True if alike and _equal(value, true_value) else None
     return None
 
 
@@ -117,18 +119,18 @@ def _equal_words(answer: str, truth: str) -> bool | None:
 def _equal_parts(answer: str, truth: str) -> bool | None:
     given, expected = split_parts(answer), split_parts(truth)
     if len(given.items) != len(expected.items):
-        # "100,200" can be one number or two: the other side tells.
+        # "100,200" can be one number or two, "3 1 4" a list: the other side tells.
         if len(given.items) == 1:
-            given = split_parts(answer, thousands=False)
+            given = split_parts(answer, loose=True)
         elif len(expected.items) == 1:
-            expected = split_parts(truth, thousands=False)
+            expected = split_parts(truth, loose=True)
     if len(given.items) == len(expected.items) == 1:
         (a,), (b,) = given.items, expected.items
         unwrapped = (a, b) != (answer, truth)
         return _equal(a, b) if unwrapped and given.brackets == expected.brackets else None
     if len(given.items) != len(expected.items):
-        # A union or a matrix has commas of its own, and needs no splitting to be compared.
-        return None if len(given.items) == 1 and "\\" in answer and "\\" in truth else False
+        # `x > 3` is `(3, \infty)`: an interval's comma separates no answers.
+        return None if _REGION.search(answer) or _REGION.search(truth) else False
     if given.brackets != expected.brackets and {given.brackets, expected.brackets} - {"", "()", "{}"}:
         return False
     if given.brackets and expected.brackets and given.brackets != expected.brackets:
@@ -174,8 +176,9 @@ def _equal_maths(answer: str, truth: str, arithmetic: bool = False) -> bool:
 
 
 def _is_maths(text: str) -> bool:
-    """Whether a text may be an expression. Words are kept out: as products of letters, "red" and "der" would be equal."""
-    if _PROSE.search(_FUNCTION.sub(" ", text)) or _NOT_MATHS.search(text):
+    """Whether a text may be an expression. Words may not: as products of letters, "red" and "der" would be equal."""
+    only_letters = len(text) > 1 and text.replace(" ", "").isalpha()
+    if only_letters or _PROSE.search(_FUNCTION.sub(" ", text)) or _NOT_MATHS.search(text):
         return False
     depth = deepest = 0
     for char in text:

@@ -16,12 +16,10 @@ _MIXED = re.compile(
     rf"{_SIGN}(?P<whole>\d+)(?:\s+(?P<top>\d+)\s*/\s*(?P<bottom>\d+)|\s*\\frac\s*\{{(?P<ltop>\d+)\}}\s*\{{(?P<lbottom>\d+)\}})"
 )
 _WORDS = {
-    word: Fraction(value)
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
-    )
-}
+    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+    "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
+    "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20,
+}  # fmt: skip
 
 
 def number(text: str) -> Fraction | None:
@@ -30,7 +28,7 @@ def number(text: str) -> Fraction | None:
     if not text or len(text) > MAX_DIGITS:
         return None
     if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
+        return Fraction(_WORDS[text.lower()])
     if match := _PLAIN.fullmatch(text):
         value = _decimal(match["value"]) * Fraction(10) ** int(match["e"] or match["ten"] or 0)
     elif match := _RATIO.fullmatch(text) or _FRAC.fullmatch(text):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 _OPEN, _CLOSE = "([{", ")]}"
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _COMMA_AND = re.compile(r"([,;])\s*and\s")  # separates once, not twice
+_SPACED = re.compile(r"(?:[A-Za-z]+|[+-]?\d+)(?: (?:[A-Za-z]+|[+-]?\d+))+")
 _NAME = re.compile(r"(?:\\?[A-Za-z]+|[ _'{}°]|(?<=_)\d|(?<=_\{)\d+|\([a-z]\))+")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 
@@ -17,10 +18,11 @@ class Parts(NamedTuple):
     items: list[str]
 
 
-def split_parts(text: str, thousands: bool = True) -> Parts:
+def split_parts(text: str, loose: bool = False) -> Parts:
     """Split a cleaned text at its top-level commas, semicolons and "and".
 
-    With `thousands`, `1,200` without brackets is one number; inside brackets a comma always separates.
+    Without brackets `1,200` is one number; inside them a comma always separates. With `loose` it also does without, and
+    a list of words or integers may do without commas: `3 1 4`.
 
     Example:
         >>> split_parts("(1, 2)")
@@ -28,8 +30,10 @@ def split_parts(text: str, thousands: bool = True) -> Parts:
     """
     brackets, inside = _brackets(_COMMA_AND.sub(r"\1 ", text))
     kept = {m.start() + i for m in _THOUSANDS.finditer(inside) for i, c in enumerate(m.group()) if c == ","}
-    if brackets or not thousands:
+    if brackets or loose:
         kept = set()
+    if loose and _SPACED.fullmatch(inside):
+        return Parts(brackets, inside.split(" "))
     items, depth, start, index = [], 0, 0, 0
     while index < len(inside):
         char = inside[index]

@@ -22,7 +22,9 @@ def overlong(length: int, max_length: int, buffer: int, penalty: float = 1.0) ->
         -0.75
     """
     if not 1 <= buffer <= max_length:
-        raise ValueError(f"overlong: buffer is {buffer}, but has to lie between 1 and max_length, which is {max_length}")
+        raise ValueError(
+            f"overlong: buffer is {buffer}, but has to lie between 1 and max_length, which is {max_length}"
+        )
     if length < 0:
         raise ValueError(f"overlong: length is {length}, but a response has 0 or more tokens")
     if not 0 <= penalty < float("inf"):

@@ -33,7 +33,10 @@ def _comparer() -> Callable[[str, str], bool]:
 
     def equal(answer: str, truth: str) -> bool:
         gold, target = read(truth), read(answer)
-        return bool(gold and target and verify(gold, target, timeout_seconds=None, raise_on_error=True))
+        if not gold or not target:
+            return False
+        # An inequality may answer an interval and the other way round.
+        return verify(gold, target, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
 
     return equal
 

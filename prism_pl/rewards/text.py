@@ -10,7 +10,8 @@ _MINUS = "−‐‑‒–—﹣"
 _FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+", strict=True))
 _SIGNS = {"×": "\\times ", "·": "\\cdot ", "÷": "/", "π": "\\pi ", "√": "sqrt", "∞": "\\infty ", "±": "\\pm "} | {
-    "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "μ": "µ", "º": "°", "∪": "\\cup ", "∈": "\\in ", "’": "'", "“": '"', "”": '"'
+    "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "μ": "µ", "º": "°", "∪": "\\cup ", "∈": "\\in ", "’": "'", "“": '"',
+    "”": '"',
 }  # fmt: skip
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _TRANSLATION = _FULL_WIDTH | str.maketrans({**dict.fromkeys(_MINUS, "-"), **_SIGNS})

@@ -60,7 +60,9 @@ class Unit:
 
 
 def _table() -> dict[str, tuple[str, Fraction]]:
-    table = {n: (base, Fraction(s)) for base, group in _OTHERS.items() for names, s in group.items() for n in names.split()}
+    table = {
+        n: (base, Fraction(s)) for base, group in _OTHERS.items() for names, s in group.items() for n in names.split()
+    }
     for symbol, base in _METRIC_SYMBOLS.items():
         for prefix, power in _PREFIXES.items():
             table.setdefault(prefix + symbol, (base, Fraction(10) ** power))
