@@ -259,7 +259,7 @@ def test_faithfulness_counts_true_missed_and_invented():
         ("the sum is 9. the sum is 9. the sum is 9.", 1, 3),  # said once
         ("look at it, so the sum is 9.", 0, 1),  # not a claim that can be checked
         ("red: 3. left: 2. top row: 3 4. even: 4 2. larger than 3: 4. largest: 3.", 5, 6),
-        ("3 < 4. 4 > 3. 4 < 3. 4 = 9. 3 is odd. 4 is odd. red 3 at top left. red 3 at top.", 4, 8),
+        ("3 < 4. 4 > 3. 4 < 3. 4 < 9. 3 is odd. 4 is odd. red 3 at top left. red 3 at top.", 4, 8),
         ("", 0, 0),
     ],
 )
