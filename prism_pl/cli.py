@@ -158,7 +158,7 @@ class PrismCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and the checkpoint to go on from."""
-        config = self.config[self.subcommand]
+        config = self.config[str(self.subcommand)]
         files = config.get("config") or []
         stage = "+".join(stage_of(Path(str(file.absolute))) for file in files) or str(self.subcommand)
         folder = Path(config.trainer.default_root_dir or Path("runs") / stage)
@@ -182,7 +182,7 @@ class PrismCLI(LightningCLI):
             raise own_error(error) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self.config_init[self.subcommand].trainer
+        config = self.config_init[str(self.subcommand)].trainer
         if config.logger in (None, True):
             # Empty name and version: the event files lie in the run's folder itself.
             kwargs["logger"] = TensorBoardLogger(config.default_root_dir, name="", version="")
@@ -214,7 +214,7 @@ class PrismCLI(LightningCLI):
 
     def _trained(self) -> bool:
         """Whether fit took a step; a run at its max_steps returns before training starts."""
-        return any(callback.started for callback in self.trainer.callbacks if isinstance(callback, LastCheckpoint))
+        return any(isinstance(c, LastCheckpoint) and c.started for c in self.trainer.checkpoint_callbacks)
 
     def _how_to_go_on(self) -> str:
         checkpoint = last_checkpoint(Path(self.trainer.default_root_dir))

@@ -101,13 +101,17 @@ def _no_module(match: re.Match[str], message: str, keys: list[str]) -> str:
 
 def _missing_module(module: str, message: str) -> str:
     class_path = _named_class(message)
+    name = class_path.rpartition(".")[2]
+    classes = known_classes()
     parent = sys.modules.get(module.rpartition(".")[0])
     siblings = {}
     if parent is not None:
         names = [found.name for found in pkgutil.iter_modules(getattr(parent, "__path__", []))]
         siblings = {name: f"{parent.__name__}.{name}" for name in names}
-    nearest = _suggest_path(class_path.rpartition(".")[2], known_classes())
-    nearest = nearest or _suggest_path(module.rpartition(".")[2], siblings)
+    # A class of exactly this name, then a module of nearly that name, then a class of nearly this name.
+    exact = {name: classes[name]} if name in classes else {}
+    nearest = _suggest_path(name, exact) or _suggest_path(module.rpartition(".")[2], siblings)
+    nearest = nearest or _suggest_path(name, classes)
     return f"{_where(message)}.class_path: there is no module {module} for {class_path}.{nearest}"
 
 

@@ -58,7 +58,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it from outside
             trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST, weights_only=False)
             self._saved_at = trainer.global_step
 
