@@ -1,0 +1,223 @@
+"""PrismCLI: Lightning's fit, validate, test and predict over YAML, with a run folder that goes on by itself.
+
+The only file of prism_pl that imports modules, datamodules and callbacks, after checking that the names are ours.
+Launch: `python -m prism_pl fit --config align.yaml`.
+"""
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import ActionConfigFile, Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from prism_pl import __version__
+from prism_pl.errors import Stopped, UsageError, did_you_mean
+from prism_pl.explain import explain, file_with_key, nested_keys, own_error
+from prism_pl.origin import SYSTEMS, check_origin
+from prism_pl.run_folder import (
+    LastCheckpoint,
+    SaveConfig,
+    fresh_folder,
+    last_checkpoint,
+    refuse_other_settings,
+)
+from prism_pl.shipped import find_config, resolve_paths, stage_of
+
+CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+
+
+def run(args: list[str]) -> None:
+    """Run one Lightning command: `["fit", "--config", "align.yaml", ...]`."""
+    fresh = "--fresh" in args
+    if fresh and args[0] != "fit":
+        raise UsageError(f"--fresh belongs to fit; {args[0]} writes nothing that it could go on with.")
+    import_systems()
+    PrismCLI([arg for arg in args if arg != "--fresh"], fresh=fresh)
+
+
+def import_systems() -> None:
+    """Import every file of modules/, datamodules/ and callbacks/, so that their classes go by short names too."""
+    check_origin()
+    for name in SYSTEMS:
+        package = importlib.import_module(name)
+        for found in pkgutil.walk_packages(package.__path__, prefix=f"{name}."):
+            importlib.import_module(found.name)
+
+
+class ConfigFile(ActionConfigFile):
+    """`--config NAME`: the file in the current folder or the shipped one; an error in it names the file."""
+
+    def __call__(self, parser: Any, cfg: Any, values: str, option_string: str | None = None) -> None:
+        file = find_config(values)
+        parser.config_files.append(file)
+        try:
+            super().__call__(parser, cfg, str(file), option_string)
+        except ParseError as error:
+            raise ParseError(error.message, file) from None
+
+
+class ParseError(Exception):
+    """jsonargparse's message, to be explained once the command's keys are at hand."""
+
+    def __init__(self, message: str, file: Path | None = None) -> None:
+        super().__init__(message)
+        self.message, self.file = message, file
+
+
+class PrismParser(LightningArgumentParser):
+    """Raises instead of exiting with pages of usage, and makes the paths in a YAML absolute."""
+
+    _folder: Path | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config_files: list[Path] = []
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # jsonargparse tries the alternatives of a type with parsers that raise; those need their own exception.
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise ParseError(message) from ex
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        self._folder = Path(path).resolve().parent
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        finally:
+            self._folder = None
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        if self._folder is not None:
+            content = resolve_paths(content, self._folder)
+        return super().parse_string(content, *args, **kwargs)
+
+
+class PrismCLI(LightningCLI):
+    """LightningCLI with our defaults.
+
+    Args:
+        args: the command and its options.
+        fresh: start in a new folder where the run's own is taken.
+    """
+
+    def __init__(self, args: list[str], fresh: bool = False) -> None:
+        self.fresh = fresh
+        self.resume_from: Path | None = None
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # The modules build their optimisers from OptimizerCallable arguments: an optimiser class as a default would
+            # leak its settings into the one a YAML names.
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            seed_everything_default=42,
+            parser_class=PrismParser,
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"prism_pl=={__version__}", f"lightning.pytorch=={pl.__version__}"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ConfigFile, help="A YAML of this folder, or a shipped one by name."
+        )
+        return parser
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # A checkpoint holds tensors and plain values: a pickle planted in one is refused.
+        parser.set_defaults({"weights_only": True})
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except ParseError as error:
+            command: Any = self._subcommand_parsers[args[0]]
+            file = error.file or file_with_key(error.message, command.config_files)
+            message = explain(error.message, nested_keys(command)).replace("COMMAND", args[0])
+            raise UsageError(f"{file}: {message}" if file else message) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets the hyperparameters in a checkpoint override YAML and command line. Ours does not."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path.split(":")[0] not in CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
+            folder = Path(path).parent
+            there = [str(entry) for entry in folder.glob("*")] if folder.is_dir() else []
+            raise UsageError(f"--ckpt_path {path}: there is no such checkpoint.{did_you_mean(path, there)}")
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's folder and the checkpoint to go on from."""
+        config = self.config[str(self.subcommand)]
+        files = config.get("config") or []
+        stage = "+".join(stage_of(Path(str(file.absolute))) for file in files) or str(self.subcommand)
+        folder = Path(config.trainer.default_root_dir or Path("runs") / stage)
+        if self.fresh:
+            folder = fresh_folder(folder)
+        config.trainer.default_root_dir = str(folder)
+        rank_zero_info(f"Run folder: {folder} (tensorboard --logdir {folder})")
+        if self.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
+            self.resume_from = last_checkpoint(folder)
+        if self.resume_from is not None:
+            plain = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
+            changes = refuse_other_settings(folder, plain)
+            changed = f" Changed since: {'; '.join(changes)}." if changes else ""
+            rank_zero_info(f"Going on from {self.resume_from} (--fresh starts anew).{changed}")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps what a class says about its arguments in the whole configuration.
+            raise own_error(error) from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[str(self.subcommand)].trainer
+        if config.logger in (None, True):
+            # Empty name and version: the event files lie in the run's folder itself.
+            kwargs["logger"] = TensorBoardLogger(config.default_root_dir, name="", version="")
+        callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        callbacks = [callback for callback in callbacks if callback is not None]
+        if config.enable_checkpointing is not False and not any(isinstance(c, LastCheckpoint) for c in callbacks):
+            callbacks.append(LastCheckpoint())
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if self.resume_from is not None:
+            kwargs["ckpt_path"] = str(self.resume_from)
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            # Lightning answers Ctrl+C by closing down in order and exiting.
+            if self.trainer.state.status == TrainerStatus.INTERRUPTED:
+                raise Stopped(self._how_to_go_on()) from stop
+            raise
+        if subcommand == "fit" and self.resume_from is not None and not self._trained():
+            rank_zero_info(
+                f"{self.trainer.default_root_dir} was finished already, at step {self.trainer.global_step}. "
+                "More steps: --trainer.max_steps; a new run: --fresh."
+            )
+
+    def _trained(self) -> bool:
+        """Whether fit took a step; a run at its max_steps returns before training starts."""
+        return any(isinstance(c, LastCheckpoint) and c.started for c in self.trainer.checkpoint_callbacks)
+
+    def _how_to_go_on(self) -> str:
+        checkpoint = last_checkpoint(Path(self.trainer.default_root_dir))
+        if checkpoint is None:
+            return "Stopped before the first checkpoint was written."
+        return f"Stopped. The same command goes on from {checkpoint}."

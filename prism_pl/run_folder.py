@@ -1,0 +1,156 @@
+"""A run's folder: which one, its `config.yaml`, its last checkpoint, and going on from it.
+
+    runs/align/
+        config.yaml         the configuration of the newest start; earlier ones are kept as config-1.yaml, config-2.yaml
+        events.out.tfevents...
+        checkpoints/last.ckpt
+
+The same command in the same folder goes on from `last.ckpt`. With other settings of the model or the data it stops
+instead: two experiments would end in one curve.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from prism_pl.errors import UsageError
+
+LAST = Path("checkpoints") / "last.ckpt"
+# Lightning starts the processes of further ranks with the same command line and environment: they take the folder the
+# first one chose.
+FOLDER_VARIABLE = "PRISM_RUN_FOLDER"
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep `checkpoints/last.ckpt` at most `every_n_steps` steps old, and exact at the end.
+
+    Lightning's ModelCheckpoint keeps the best and leaves `last.ckpt` where its own cadence last fell; this one serves
+    going on only. It does not save when a run breaks: the state may be half-way through a step.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"LastCheckpoint.every_n_steps is {every_n_steps}; it must be at least 1.")
+        self.every_n_steps = every_n_steps
+        self.started = False
+        self._saved_at = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = True
+        self._saved_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step - self._saved_at >= self.every_n_steps:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._saved_at:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it from outside
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST, weights_only=False)
+            self._saved_at = trainer.global_step
+
+
+class SaveConfig(SaveConfigCallback):
+    """Write the configuration into the run's folder; an earlier, different one is kept under the next free number."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        # An evaluation in the folder of a training run must not hide the settings the training goes on with.
+        command = TrainerFn(stage)
+        name = (
+            f"config-{command.value}.yaml"
+            if command != TrainerFn.FITTING and (folder / "checkpoints").is_dir()
+            else "config.yaml"
+        )
+        write_config(folder / name, self.parser.dump(self.config, skip_none=False))
+        self.already_saved = True
+
+
+def write_config(path: Path, text: str) -> None:
+    """Write `text` to `path`, after moving a different content there to `NAME-1.yaml` or the next free number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        if path.read_text() == text:
+            return
+        number = 1
+        while (aside := path.with_stem(f"{path.stem}-{number}")).exists():
+            number += 1
+        shutil.move(path, aside)
+    path.write_text(text)
+
+
+def fresh_folder(folder: Path) -> Path:
+    """`folder` where it is new or empty, else the first free of `folder-2`, `folder-3`, ...; ranks agree on it."""
+    if "LOCAL_RANK" in os.environ:
+        if FOLDER_VARIABLE not in os.environ:
+            raise UsageError(
+                "--fresh cannot choose a folder in processes that were started from outside (torchrun, SLURM): they "
+                "would not agree. Give --trainer.default_root_dir a new one."
+            )
+        return Path(os.environ[FOLDER_VARIABLE])
+    chosen, number = folder, 2
+    while chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
+        chosen, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    os.environ[FOLDER_VARIABLE] = str(chosen)
+    return chosen
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to go on from: a file, or a folder as DeepSpeed writes it."""
+    return folder / LAST if (folder / LAST).exists() else None
+
+
+def refuse_other_settings(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Compare a start with the one before in the same folder.
+
+    Args:
+        folder: the run's folder.
+        config: the configuration of this start, as plain values.
+
+    Returns:
+        What differs outside of model, data and seed, as `trainer.max_steps 100 -> 200`.
+
+    Raises:
+        UsageError: the model's, the data's or the seed's settings differ from those of the run to go on with.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return []
+    earlier = yaml.safe_load(path.read_text())
+    changes = list(_changes(earlier, config, ""))
+    essential = [text for key, text in changes if key.split(".")[0] in ("model", "data", "seed_everything")]
+    if essential:
+        raise UsageError(
+            f"{folder} holds a run with other settings: {'; '.join(essential)}. Start anew with --fresh, or choose "
+            f"another --trainer.default_root_dir, or go on all the same with --ckpt_path {folder / LAST}."
+        )
+    return [text for _, text in changes]
+
+
+def _changes(old: Any, new: Any, key: str) -> Iterator[tuple[str, str]]:
+    # Keys that only one side has come from another version of the code; a changed class shows in its class_path.
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old.keys() & new.keys():
+            yield from _changes(old[name], new[name], f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key, f"{key} {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

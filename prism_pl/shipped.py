@@ -1,0 +1,101 @@
+"""Shipped data and configuration files: where they lie, and what the paths inside a YAML mean. Light: no heavy imports.
+
+A path in a YAML is looked for beside the YAML, then in the current folder, then beside the shipped `configs/` and
+`assets/`; the first that exists is written back as an absolute path, so `config.yaml` of a run works from anywhere.
+A value that begins with `./` or `../` and exists nowhere becomes absolute too (beside the YAML), so that the error
+names the place; any other (a hub id such as `Qwen/Qwen3-VL-4B-Instruct`) is left as it is. Paths given on the command
+line are taken from the current folder, like those of any program.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from prism_pl.errors import UsageError, did_you_mean
+
+# Keys whose values are inputs. Outputs (default_root_dir, dirpath, save_dir) mean the current folder and stay.
+PATH_KEY = re.compile(r"(^|_)(path|paths|file|files|folder|folders)$")
+NO_PATH_KEYS = frozenset({"class_path"})
+
+
+def shipped_root() -> Path:
+    """The folder that holds `configs/` and `assets/`: in a plain install inside prism_pl, otherwise the checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "shipped"
+    return installed if installed.is_dir() else package.parent
+
+
+def shipped_configs() -> list[str]:
+    """The shipped YAMLs by the names that `--config` takes, such as `align.yaml` and `digits/pretrain.yaml`."""
+    folder = shipped_root() / "configs"
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """The file that `--config NAME` means: from the current folder, else the shipped one of that name.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    root = shipped_root()
+    for candidate in (Path(name), root / "configs" / name, root / name):
+        if candidate.is_file():
+            return candidate.absolute()
+    known = shipped_configs()
+    here = [str(path) for path in Path(name).parent.glob("*.yaml")]
+    raise UsageError(
+        f"--config {name}: no such file in {Path.cwd()}, and no shipped configuration of that name."
+        f"{did_you_mean(name, known + here)} Shipped: {', '.join(known) or 'none'}."
+    )
+
+
+def stage_of(config: Path) -> str:
+    """A run's default name: the path below the shipped `configs/`, or the stem. `configs/align.yaml` -> `align`."""
+    folder = shipped_root() / "configs"
+    return str(config.relative_to(folder).with_suffix("")) if config.is_relative_to(folder) else config.stem
+
+
+def resolve_paths(text: str, folder: Path) -> str:
+    """The YAML text with the paths below its path-like keys made absolute (the module's docstring has the rule).
+
+    The text is edited at the values' places rather than parsed and written anew, so comments, line numbers and number
+    formats stay. Text that is no YAML comes back as it is: the parser that reads it next has the better message.
+
+    Args:
+        text: content of a YAML file.
+        folder: absolute path of the folder the YAML lies in.
+    """
+    try:
+        tree = yaml.compose(text)
+    except yaml.YAMLError:
+        return text
+    edits = {node.start_mark.index: node for node in _path_nodes(tree, is_path=False)}
+    for start, node in sorted(edits.items(), reverse=True):
+        resolved = _resolve(node.value, folder)
+        if resolved != node.value:
+            quoted = "'" + resolved.replace("'", "''") + "'"
+            text = text[:start] + quoted + text[node.end_mark.index :]
+    return text
+
+
+def _path_nodes(node: yaml.Node | None, is_path: bool) -> Iterator[yaml.ScalarNode]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = str(key.value)
+            yield from _path_nodes(value, bool(PATH_KEY.search(name)) and name not in NO_PATH_KEYS)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _path_nodes(item, is_path)
+    elif isinstance(node, yaml.ScalarNode) and is_path and node.tag == "tag:yaml.org,2002:str" and node.value:
+        yield node
+
+
+def _resolve(value: str, folder: Path) -> str:
+    if Path(value).is_absolute():
+        return value
+    for base in (folder, Path.cwd(), shipped_root()):
+        if (base / value).exists():
+            return str((base / value).resolve())
+    return str((folder / value).resolve()) if value.startswith(("./", "../")) else value

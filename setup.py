@@ -1,0 +1,59 @@
+"""Packaging: the import packages by name, the dependencies in ranges that were resolved together, the shipped data."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+SHIPPED = ("configs", "assets")
+
+
+class BuildWithShippedData(build_py):
+    """A plain install copies configs/ and assets/ into prism_pl/shipped/; an editable one reads the checkout's."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for name in SHIPPED:
+            source, target = Path(__file__).parent / name, Path(self.build_lib) / "prism_pl" / "shipped" / name
+            if source.is_dir():
+                shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+setup(
+    name="prism_pl",
+    version="0.1.0",
+    description="PRISM in PyTorch Lightning: SFT, adversarial alignment and RLVR for vision-language models",
+    python_requires=">=3.11",
+    # Named, not searched for: with the mapping to "." setuptools writes a plain path line on an editable install, which
+    # editors and type checkers follow, and file path = import path everywhere.
+    package_dir={"": "."},
+    packages=[
+        "prism_pl",
+        "prism_pl.metrics",
+        "prism_pl.rewards",
+        "prism_pl.rollout",
+        "modules",
+        "datamodules",
+        "callbacks",
+    ],
+    cmdclass={"build_py": BuildWithShippedData},
+    install_requires=[
+        # 2.6.2 and 2.6.3 were malicious uploads; the bound keeps clear of them.
+        "lightning>=2.6.6,<2.7",
+        "torch>=2.11",
+        "transformers>=5.16.1,<5.20",
+        "torchmetrics",
+        "tensorboard",
+        "jsonargparse[signatures]",
+        "datasets",
+        "math-verify",
+        "pillow",
+        "scikit-learn",
+        "matplotlib",
+        "rich",
+    ],
+    extras_require={"dev": ["pytest", "ruff", "pyright[nodejs]"]},
+)

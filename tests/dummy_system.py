@@ -1,0 +1,64 @@
+"""The smallest system that the command line can run: one weight, one policy specification, one optimiser."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch.utils.data import DataLoader
+
+
+@dataclass
+class PolicySpec:
+    path: str
+    freeze: list[str] = field(default_factory=list)
+
+
+class DummyModule(LightningModule):
+    def __init__(
+        self,
+        policy: PolicySpec,
+        optimizer: OptimizerCallable,
+        alpha: float = 0.5,
+        advantage: Literal["paper", "released"] = "paper",
+        fail_at: int = -1,
+        interrupt_at: int = -1,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        if alpha < 0:
+            raise ValueError(f"alpha is {alpha}; it must not be negative.")
+        if policy.path == "gone":
+            try:
+                raise OSError("deep inside a library")
+            except OSError as error:
+                raise ValueError("policy.path is 'gone', which is no model.") from error
+        self.policy, self.optimizer, self.fail_at, self.interrupt_at = policy, optimizer, fail_at, interrupt_at
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.fail_at:
+            raise ValueError("The loss is not finite at step 3, batch ['row-7'].")
+        if self.global_step == self.interrupt_at:
+            raise KeyboardInterrupt
+        loss = self.layer(batch).mean()
+        self.log("dummy/loss", loss)
+        return loss
+
+    def test_step(self, batch, batch_idx):
+        self.log("dummy/test", self.layer(batch).mean())
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters())
+
+
+class DummyData(LightningDataModule):
+    def __init__(self, length: int = 4):
+        super().__init__()
+        self.length = length
+
+    def train_dataloader(self):
+        return DataLoader(torch.ones(self.length, 1))
+
+    test_dataloader = train_dataloader
