@@ -1,0 +1,175 @@
+"""From the scores or rewards of P prompts x G rollouts to advantages: pure functions, statistics over each group.
+
+P prompts, G rollouts a prompt. The caller gathers a group that spans ranks before it comes here. Everything is
+reckoned in float64 and given back in the input's dtype, so that a group of equal scores has a std of 0 and not of
+rounding noise.
+
+Standard deviations are sample ones (ddof 1), `eps` = 1e-6 is added before dividing. A group counts as having no
+variance, and gets exactly 0, when `std <= 1e-6 max(1, max |score|)`: within a few float32 roundings of equal. Without
+that floor noise of 1e-6 would be blown up to half a standard deviation. Noise above float32's own (scores made in
+bf16 differ by up to 1%) looks like variance and is not caught.
+
+NaN: a malformed row's scores are never read. A NaN in a valid row makes its own group NaN (with `scale="batch"`: all of
+them), so that the non-finite check stops the run instead of training on made-up numbers.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from prism_pl.aggregation import Metrics
+from prism_pl.chat import EXPERTS
+
+Scale = Literal["group", "batch", "none"]
+
+EPS = 1e-6
+ZERO_STD = 1e-6
+
+
+def paper_advantages(scores: Mapping[str, Tensor], valid_PG: Tensor, alpha: float = 0.5) -> tuple[Tensor, Metrics]:
+    """The paper's order: mix the experts' scores, then normalise over the group (PRISM, arXiv 2604.28123, eq. 1 and 3).
+
+    `r = alpha D_perception + (1 - alpha) D_reasoning`, `A = (r - mean) / (std + eps)`. Where the paper
+    is silent, ours: a malformed response gets the lowest valid r of its group minus 1 before normalising and no further
+    penalty; a group without a valid response, without variance, or of one gets A = 0.
+
+    Args:
+        scores: `perception` and `reasoning`, each (P, G); rows that are not valid may hold anything.
+        valid_PG: True where the response follows the three-block format.
+        alpha: weight of the perception expert, in [0, 1].
+
+    Returns:
+        advantages_PG and the metrics `num_zero_std_groups` (no variance, or a group of one, with a valid response),
+        `num_all_malformed_groups` and `num_malformed`.
+
+    Raises:
+        ValueError: alpha outside [0, 1], or experts other than perception and reasoning.
+    """
+    weights = _expert_weights(scores, alpha)
+    valid_PG = valid_PG.bool()
+    reward_PG = torch.stack([weights[name] * scores[name].double() for name in EXPERTS]).sum(0)
+    reward_PG, all_malformed_P = _fill_malformed(reward_PG, valid_PG)
+    advantages_PG, zero_std_P = _normalise(reward_PG)
+    return advantages_PG.to(_dtype(scores)), _metrics(zero_std_P, all_malformed_P, valid_PG)
+
+
+def released_advantages(
+    scores: Mapping[str, Tensor], valid_PG: Tensor, alpha: float = 0.5, malformed_penalty: float = 1.5
+) -> tuple[Tensor, Metrics]:
+    """The release's order: normalise each expert's scores over the group, then mix.
+
+    `A = alpha norm(D_perception) + (1 - alpha) norm(D_reasoning)`, minus `malformed_penalty` for a malformed
+    response. For each expert a malformed response gets the lowest valid score of its group minus 1 before
+    normalising. A group without variance normalises to 0; of two or more that are all malformed, A =
+    -malformed_penalty. In a group of one the normalised score is the raw one, `score / (1 + eps)`, or `-1 / (1 +
+    eps)` if malformed.
+
+    Args:
+        scores: `perception` and `reasoning`, each (P, G); rows that are not valid may hold anything.
+        valid_PG: True where the response follows the three-block format.
+        alpha: weight of the perception expert, in [0, 1]; 0.5 in the release.
+        malformed_penalty: taken off the advantage of a malformed response; 1.5 in the release.
+
+    Returns:
+        advantages_PG and the metrics `num_zero_std_groups` (a valid response, but no expert has variance),
+        `num_all_malformed_groups` and `num_malformed`. Groups of one are not counted as zero-std: they do train.
+
+    Raises:
+        ValueError: alpha outside [0, 1], a negative penalty, or experts other than perception and reasoning.
+    """
+    weights = _expert_weights(scores, alpha)
+    if not malformed_penalty >= 0.0:
+        raise ValueError(f"malformed_penalty: {malformed_penalty!r} must be at least 0; it is subtracted.")
+    valid_PG = valid_PG.bool()
+    group_of_one = valid_PG.shape[1] == 1
+    advantages_PG = -malformed_penalty * (~valid_PG).double()
+    zero_std_P = torch.full_like(valid_PG[:, 0], not group_of_one)
+    all_malformed_P = ~valid_PG.any(1)
+    for name in EXPERTS:
+        filled_PG, _ = _fill_malformed(scores[name].double(), valid_PG)
+        if group_of_one:
+            normalised_PG = filled_PG / (1.0 + EPS)
+        else:
+            normalised_PG, expert_zero_std_P = _normalise(filled_PG)
+            zero_std_P = zero_std_P & expert_zero_std_P
+        advantages_PG = advantages_PG + weights[name] * normalised_PG
+    return advantages_PG.to(_dtype(scores)), _metrics(zero_std_P, all_malformed_P, valid_PG)
+
+
+def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> tuple[Tensor, Metrics]:
+    """Verifiable rewards to advantages: centred on the group's mean, divided by what `scale` says.
+
+    Args:
+        rewards_PG: the batch of all ranks where `scale` is `batch`.
+        scale: `group` the group's std (GRPO); `batch` the std of all rewards of the batch; `none` nothing (Dr. GRPO,
+            arXiv 2503.20783: dividing by a group's std favours questions that are nearly always or never solved).
+
+    Returns:
+        advantages_PG and the metric `num_zero_std_groups`. A group without variance, or of one, gets A = 0.
+
+    Raises:
+        ValueError: unknown scale.
+    """
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale: {scale!r} is not one of {', '.join(get_args(Scale))}.")
+    rewards = rewards_PG.double()
+    normalised_PG, zero_std_P = _normalise(rewards)
+    if scale == "group":
+        advantages_PG = normalised_PG
+    else:
+        centred_PG = rewards - rewards.mean(1, keepdim=True)
+        # All groups are without variance where the batch has none or one reward, so its std is not used there.
+        divisor = rewards.std() + EPS if scale == "batch" and rewards.numel() > 1 else 1.0
+        advantages_PG = torch.where(zero_std_P[:, None], torch.zeros_like(rewards), centred_PG / divisor)
+    return advantages_PG.to(rewards_PG.dtype), {"num_zero_std_groups": zero_std_P.sum()}
+
+
+def groups_with_variance(values_PG: Tensor) -> Tensor:
+    """(P,) True for the groups whose values differ: those that teach something. DAPO's dynamic sampling (arXiv
+    2503.14476, eq. 11) keeps these, judged by accuracy. A group of one has none."""
+    return ~_normalise(values_PG.double())[1]
+
+
+def _expert_weights(scores: Mapping[str, Tensor], alpha: float) -> dict[str, float]:
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(
+            f"alpha: {alpha!r} must lie in [0, 1]: the perception expert's weight; reasoning gets the rest."
+        )
+    if set(scores) != set(EXPERTS):
+        raise ValueError(f"scores: experts {sorted(scores)} given, {sorted(EXPERTS)} needed to mix them by alpha.")
+    return {"perception": alpha, "reasoning": 1.0 - alpha}
+
+
+def _fill_malformed(scores_PG: Tensor, valid_PG: Tensor) -> tuple[Tensor, Tensor]:
+    """Malformed rows become the lowest valid score of their group minus 1 (-1 where none is valid), and (P,) which
+    groups have no valid row."""
+    assert scores_PG.shape == valid_PG.shape, f"scores {tuple(scores_PG.shape)}, valid {tuple(valid_PG.shape)}"
+    all_malformed_P = ~valid_PG.any(1)
+    lowest_P = torch.where(valid_PG, scores_PG, torch.full_like(scores_PG, torch.inf)).amin(1)
+    lowest_P = torch.where(all_malformed_P, torch.zeros_like(lowest_P), lowest_P)
+    return torch.where(valid_PG, scores_PG, lowest_P[:, None] - 1.0), all_malformed_P
+
+
+def _normalise(values_PG: Tensor) -> tuple[Tensor, Tensor]:
+    """`(x - mean) / (std + eps)` over each group, exactly 0 where a group has no variance, and (P,) which those are."""
+    if values_PG.shape[1] == 1:
+        # One value has no std. x - x keeps a NaN visible.
+        return values_PG - values_PG, torch.ones_like(values_PG[:, 0], dtype=torch.bool)
+    std_P1 = values_PG.std(1, keepdim=True)
+    zero_P1 = std_P1 <= ZERO_STD * values_PG.abs().amax(1, keepdim=True).clamp(min=1.0)
+    normalised_PG = (values_PG - values_PG.mean(1, keepdim=True)) / (std_P1 + EPS)
+    return torch.where(zero_P1, torch.zeros_like(normalised_PG), normalised_PG), zero_P1[:, 0]
+
+
+def _metrics(zero_std_P: Tensor, all_malformed_P: Tensor, valid_PG: Tensor) -> Metrics:
+    return {
+        "num_zero_std_groups": (zero_std_P & ~all_malformed_P).sum(),
+        "num_all_malformed_groups": all_malformed_P.sum(),
+        "num_malformed": (~valid_PG).sum(),
+    }
+
+
+def _dtype(scores: Mapping[str, Tensor]) -> torch.dtype:
+    return scores[EXPERTS[0]].dtype
