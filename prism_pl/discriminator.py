@@ -205,11 +205,12 @@ class TwoHeadDiscriminator(Discriminator):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.dropout = nn.Dropout(dropout)
         hidden = self.model.config.text_config.hidden_size
-        self.heads = nn.ModuleDict({expert: nn.Linear(hidden, 1, bias=False) for expert in self.experts})
+        heads = {expert: nn.Linear(hidden, 1, bias=False) for expert in self.experts}
+        self.heads = nn.ModuleDict(heads)
         if init_heads:
             # Hidden states leave the last norm with entries near 1, so scores start near 0.1 in size: the first gaps
             # are close to 0, and the backbone gets a gradient from the first step, which zero heads would not give it.
-            for head in self.heads.values():
+            for head in heads.values():
                 nn.init.normal_(head.weight, std=0.1 / math.sqrt(hidden))
         else:
             self.heads.load_state_dict(_load_heads(path, self.heads))
@@ -246,7 +247,7 @@ class TwoHeadDiscriminator(Discriminator):
 
 def _find(path: str, name: str) -> Path | None:
     """A file of a folder or hub id; None where it does not exist."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None

@@ -161,6 +161,7 @@ def test_malformed_responses_are_nan_and_marked(discriminator):
     assert scores.valid_B.tolist() == [True, False, True]
     for values in scores.by_expert.values():
         assert values.isnan().tolist() == [False, True, False]
+    discriminator.zero_grad()
     nothing = scores_of(discriminator, [MALFORMED, MALFORMED], training=True)
     assert not nothing.valid_B.any()
     torch.where(nothing.valid_B, nothing.by_expert["reasoning"], 0.0).sum().backward()
@@ -237,7 +238,7 @@ def test_a_planted_pickle_is_refused(discriminator, tmp_path, monkeypatch, name)
     if name != "heads.bin":
         (tmp_path / "d" / "heads.safetensors").unlink()
     (tmp_path / "d" / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match="pickled|lacks heads"):
+    with pytest.raises(ValueError, match=r"pickled|lacks heads"):
         TwoHeadDiscriminator(str(tmp_path / "d"))
     assert not (tmp_path / "exploded").exists()
 
