@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from prism_pl.batch import Example
 from prism_pl.chat import Parsed, parse
+from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
 from prism_pl.losses import bradley_terry, score_l2, soft_clip
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
@@ -97,7 +98,7 @@ class DiscriminatorModule(LightningModule):
         self.collator = PromptCollator(
             self.processor, need_demonstration=True, discriminator_processor=discriminator.processor
         )
-        self.held_out_accuracy = nn.ModuleDict({expert: MeanMetric() for expert in discriminator.experts})
+        self.held_out_accuracy: Any = nn.ModuleDict({expert: MeanMetric() for expert in discriminator.experts})
 
     def forward(self, batch: PromptBatch, rejected: list[list[str]], training: bool) -> tuple[Scores, Scores]:
         """Scores of n pairs: their demonstrations and their rejected responses, from one forward pass.
@@ -182,13 +183,12 @@ class DiscriminatorModule(LightningModule):
             self._start_engine()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # The frozen policy lies at its own path: a copy in each checkpoint would double it.
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: w for name, w in weights.items() if not name.startswith("policy.")}
+        leave_out(checkpoint, "policy")
+        keep_plain_hyperparameters(checkpoint)
         checkpoint["rollout"] = self.rollout.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"].update({f"policy.{name}": w for name, w in self.policy.state_dict().items()})
+        put_back(checkpoint, "policy", self.policy)
         self._engine_state = checkpoint["rollout"]
 
     def teardown(self, stage: str) -> None:

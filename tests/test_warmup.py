@@ -1,9 +1,10 @@
 """The warm start: what it pairs, what it trains, when it stops."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import lightning as L
 import pytest
@@ -16,6 +17,7 @@ from prism_pl.batch import Example
 from prism_pl.chat import render
 from prism_pl.discriminator import TwoHeadDiscriminator
 from prism_pl.policy import PolicySpec
+from prism_pl.processor import Processor
 from prism_pl.rollout.engine import Rollout, Sampling
 from tests.conftest import DEMONSTRATION, make_examples
 
@@ -31,24 +33,26 @@ class ScriptedEngine:
         self.num_drawn = 0
         self.started = False
 
-    def start(self, policy, processor, *, rank):
+    def start(self, policy: Any, processor: Processor, *, rank: int) -> None:
+        self.policy = policy
         self.started = True
+        self.num_drawn = 0
 
-    def generate(self, examples, num_samples, sampling):
+    def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
         assert self.started
         drawn = range(self.num_drawn, self.num_drawn + len(examples) * num_samples)
         self.num_drawn = drawn.stop
         return [Rollout([], [], [], self.texts[i % len(self.texts)], "stop") for i in drawn]
 
-    def sync(self, named_parameters): ...
-    def sleep(self): ...
-    def wake(self): ...
-    def close(self): ...
+    def sync(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"num_drawn": self.num_drawn}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_drawn = state["num_drawn"]
 
 
@@ -204,15 +208,16 @@ def test_a_checkpoint_leaves_the_policy_out_and_goes_on(random_policy, tmp_path)
     module = make_module(random_policy, ScriptedEngine(), ceiling=None)
     trainer, _ = fit(module, rows, tmp_path, max_steps=2)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    state = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
-    assert {name.split(".")[0] for name in state} == {"discriminator"}
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"discriminator"}
+    assert {"num_rollouts", "ceiling"} <= set(saved["hyper_parameters"])
     resumed = make_module(random_policy, ScriptedEngine(), ceiling=None)
     again = L.Trainer(
         max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
     )
-    again.fit(resumed, rows, ckpt_path=str(tmp_path / "last.ckpt"), weights_only=False)
+    again.fit(resumed, rows, ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True)
     assert again.global_step == 2
-    assert resumed.rollout.num_drawn == module.rollout.num_drawn
+    assert resumed.rollout.num_drawn == module.rollout.num_drawn > 0
     for name, weight in resumed.discriminator.state_dict().items():
         assert torch.equal(weight, module.discriminator.state_dict()[name])
 
