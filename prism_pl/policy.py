@@ -226,6 +226,11 @@ def save_policy(
     policy.save_pretrained(temporary, state_dict=weights)
     set_dtype(temporary / "config.json", dtype)
     save_processor(processor, temporary)
+    put_in_place(temporary, folder)
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename a finished folder to its own name, in the place of an older one."""
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
         folder.rename(old)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from prism_pl.batch import Example
 from prism_pl.processor import Processor
@@ -83,9 +83,13 @@ class Rollout:
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples responses from the policy. `start` is called once, before everything else."""
+    """Samples responses from the policy. `start` is called once, before everything else.
 
-    def start(self, policy: nn.Module, processor: Processor, *, rank: int) -> None: ...
+    A class named in YAML must annotate these methods as here (jsonargparse compares the signatures); where Any stands,
+    any annotation will do.
+    """
+
+    def start(self, policy: Any, processor: Processor, *, rank: int) -> None: ...
 
     def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
         """`num_samples` rollouts an example, prompt by prompt: rollout g of example p stands at p * num_samples + g."""

@@ -1,0 +1,240 @@
+"""Stage 2a, the discriminator's warm start: demonstrations above rollouts of the SFT policy, expert by expert.
+
+It stops at a ceiling of held-out pair accuracy: a discriminator that always wins teaches the policy nothing.
+Launch: python -m prism_pl fit --config warmup.yaml
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from prism_pl.batch import Example
+from prism_pl.chat import Parsed, parse
+from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
+from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
+from prism_pl.losses import bradley_terry, score_l2, soft_clip
+from prism_pl.optim import Schedule, check_finite, lr_scheduler
+from prism_pl.policy import PolicySpec, build_policy
+from prism_pl.prompts import PromptBatch, PromptCollator
+from prism_pl.rollout.engine import RolloutEngine, Sampling
+from prism_pl.strategy import share
+
+
+class DiscriminatorModule(LightningModule):
+    """Warm start of a discriminator by Bradley-Terry on caption pairs and on reasoning pairs.
+
+    Args:
+        policy: the SFT policy, frozen here, that samples the rejected side; rows with a `rejected` need no rollout.
+        discriminator: which one, e.g. `TwoHeadDiscriminator` with `init_heads: true` on a policy's backbone.
+        rollout: the engine that samples.
+        optimizer: an optimiser class with its options.
+        sampling: as in the alignment stage, so that the discriminator meets what it will judge there.
+        num_rollouts: rollouts, hence pairs, for each prompt.
+        schedule, warmup: of the learning rate; a warm-up below 1 is a share of the run.
+        label_smoothing: share of pairs taken to be swapped; keeps the best margin finite.
+        score_l2: coefficient on the mean squared score, which Bradley-Terry leaves free.
+        score_clip: softly bounds scores to +- this; None: no bound.
+        ceiling: held-out pair accuracy, the mean over the experts, at which the run stops. None runs to the end.
+        micro_batch_tokens: padded tokens run at once; None runs the whole batch.
+        export_dtype: of the exported backbone.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        discriminator: DiscriminatorFactory,
+        rollout: RolloutEngine,
+        optimizer: OptimizerCallable,
+        sampling: Sampling,
+        num_rollouts: int = 1,
+        schedule: Schedule = "cosine",
+        warmup: float = 0.1,
+        label_smoothing: float = 0.0,
+        score_l2: float = 0.0,
+        score_clip: float | None = None,
+        ceiling: float | None = 0.9,
+        micro_batch_tokens: int | None = None,
+        export_dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if num_rollouts < 1:
+            raise ValueError(f"num_rollouts is {num_rollouts}: a pair needs at least 1 rollout")
+        if ceiling is not None and not 0.5 < ceiling <= 1.0:
+            raise ValueError(f"ceiling is {ceiling}: a pair accuracy above 0.5 and at most 1, or null for none")
+        self.spec = policy
+        self.build_discriminator = discriminator
+        self.rollout = rollout
+        self.optimizer = optimizer
+        self.sampling = sampling
+        self.num_rollouts = num_rollouts
+        self.schedule: Schedule = schedule
+        self.warmup = warmup
+        self.label_smoothing = label_smoothing
+        self.score_l2 = score_l2
+        self.score_clip = score_clip
+        self.ceiling = ceiling
+        self.micro_batch_tokens = micro_batch_tokens
+        self.export_dtype: Literal["float32", "bfloat16"] = export_dtype
+        self.processor = policy.processor()
+        self.policy: Any = None
+        self.discriminator: Any = None
+        self._held_out: dict[str, list[str]] = {}
+        self._engine_state: dict[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        self.policy = build_policy(self.spec).eval().requires_grad_(False)
+        discriminator: Discriminator = self.build_discriminator()
+        self.discriminator = discriminator
+        self.collator = PromptCollator(
+            self.processor, need_demonstration=True, discriminator_processor=discriminator.processor
+        )
+        self.held_out_accuracy: Any = nn.ModuleDict({expert: MeanMetric() for expert in discriminator.experts})
+
+    def forward(self, batch: PromptBatch, rejected: list[list[str]], training: bool) -> tuple[Scores, Scores]:
+        """Scores of n pairs: their demonstrations and their rejected responses, from one forward pass.
+
+        Args:
+            rejected: for each prompt, the texts to rank below its demonstration.
+        """
+        chosen = [_demonstration(example) for example in batch.examples]
+        pair_prompt = [p for p, texts in enumerate(rejected) for _ in texts]
+        scores = score_texts(
+            self.discriminator,
+            batch.discriminator_prompts,
+            [*chosen, *(text for texts in rejected for text in texts)],
+            [*range(len(batch)), *pair_prompt],
+            training=training,
+            micro_batch_tokens=self.micro_batch_tokens,
+        )
+        if self.score_clip is not None:
+            scores.by_expert = {e: soft_clip(s, self.score_clip) for e, s in scores.by_expert.items()}
+        return _take(scores, pair_prompt), _take(scores, range(len(batch), len(batch) + len(pair_prompt)))
+
+    def on_fit_start(self) -> None:
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "trainer.accumulate_grad_batches would weigh batches with few and many valid pairs alike: raise the "
+                "batch size and set model.init_args.micro_batch_tokens, which splits a batch exactly"
+            )
+        self._start_engine()
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        rejected = self._rejected(batch.examples)
+        chosen, rolled = self(batch, rejected, training=True)
+        valid_B = rolled.valid_B
+        denominator = share(valid_B.sum())
+        losses = []
+        for expert in self.discriminator.experts:
+            pair = chosen.by_expert[expert], rolled.by_expert[expert]
+            loss, metrics = bradley_terry(*pair, valid_B, self.label_smoothing, denominator)
+            losses += [loss, score_l2(pair, valid_B, self.score_l2, denominator)[0]]
+            for name in ("accuracy", "margin"):
+                self._log(f"warmup/pair_{name}/{expert}", metrics[name])
+        loss = torch.stack(losses).sum() + rolled.aux_loss
+        check_finite(loss, "warmup/loss", batch.ids)
+        self._log("warmup/loss", loss.detach(), prog_bar=True)
+        self._log("warmup/malformed", 1 - valid_B.float().mean())
+        self._log("warmup/pairs", valid_B.float().sum())
+        for name, value in rolled.diagnostics.items():
+            self._log(f"warmup/{name}", value)
+        return loss
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        new = [example for example in batch.examples if example.id not in self._held_out]
+        # The policy is frozen: held-out rollouts are drawn once, and accuracies of different steps compare.
+        self._held_out.update(zip([example.id for example in new], self._rejected(new), strict=True))
+        chosen, rolled = self(batch, [self._held_out[i] for i in batch.ids], training=False)
+        for expert, metric in self.held_out_accuracy.items():
+            margin_B = (chosen.by_expert[expert] - rolled.by_expert[expert])[rolled.valid_B]
+            check_finite(margin_B, f"the margin of the expert {expert}", batch.ids)
+            metric.update(0.5 * (margin_B.sign() + 1))
+
+    def on_validation_epoch_end(self) -> None:
+        accuracies = {expert: metric.compute() for expert, metric in self.held_out_accuracy.items()}
+        for expert, metric in self.held_out_accuracy.items():
+            metric.reset()
+            self.log(f"warmup/val_pair_accuracy/{expert}", accuracies[expert], prog_bar=True)
+        mean = float(torch.stack(list(accuracies.values())).mean())
+        if self.ceiling is not None and mean >= self.ceiling and not self.trainer.sanity_checking:
+            shown = ", ".join(f"{expert} {float(accuracy):.3f}" for expert, accuracy in accuracies.items())
+            rank_zero_info(
+                f"Stopping at step {self.trainer.global_step}: held-out pair accuracy {mean:.3f} ({shown}) has reached "
+                f"the ceiling {self.ceiling}; beyond it the discriminator saturates and teaches the policy nothing."
+            )
+            self.trainer.should_stop = True
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(p for p in self.discriminator.parameters() if p.requires_grad)
+        scheduler = lr_scheduler(optimizer, self.schedule, self.warmup, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":
+            self._start_engine()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        leave_out(checkpoint, "policy")
+        keep_plain_hyperparameters(checkpoint)
+        checkpoint["rollout"] = self.rollout.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        put_back(checkpoint, "policy", self.policy)
+        self._engine_state = checkpoint["rollout"]
+
+    def teardown(self, stage: str) -> None:
+        self.rollout.close()
+
+    def trained_networks(self) -> Iterator[tuple[str, Any]]:
+        """The networks that this stage trains, by name."""
+        yield "discriminator", self.discriminator
+
+    def export(self, folder: Path) -> None:
+        """Write the discriminator, loadable alone."""
+        self.discriminator.save(Path(folder), self.export_dtype)
+
+    def _start_engine(self) -> None:
+        self.rollout.start(self.policy, self.processor, rank=self.global_rank)
+        if self._engine_state is not None:
+            self.rollout.load_state_dict(self._engine_state)
+
+    def _rejected(self, examples: Sequence[Example]) -> list[list[str]]:
+        """For each row its own rejected response, or else rollouts of the policy."""
+        unpaired = [example for example in examples if example.rejected is None]
+        rollouts = self.rollout.generate(unpaired, self.num_rollouts, self.sampling) if unpaired else []
+        texts = iter([rollout.text for rollout in rollouts])
+        return [
+            [next(texts) for _ in range(self.num_rollouts)] if example.rejected is None else [example.rejected]
+            for example in examples
+        ]
+
+    def _log(self, name: str, value: Tensor, **options: Any) -> None:
+        self.log(name, value, batch_size=1, sync_dist=True, **options)
+
+
+def _demonstration(example: Example) -> Parsed:
+    """A demonstration taken apart; a malformed one is a ValueError, since its pairs would vanish in silence."""
+    assert example.response is not None
+    parsed = parse(example.response)
+    if not parsed.valid:
+        raise ValueError(
+            f"row {example.id!r}: the demonstration is malformed ({parsed.reason}), so it makes no pair: mend the row "
+            "or leave it out"
+        )
+    return parsed
+
+
+def _take(scores: Scores, index: Sequence[int]) -> Scores:
+    """The scores of the responses at `index`."""
+    rows = torch.tensor(list(index), device=scores.valid_B.device, dtype=torch.long)
+    by_expert = {expert: values[rows] for expert, values in scores.by_expert.items()}
+    return Scores(by_expert, scores.valid_B[rows], scores.aux_loss, scores.diagnostics)

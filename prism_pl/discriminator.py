@@ -1,0 +1,288 @@
+"""The discriminator: one score an expert for what each response says, text against text.
+
+The segments are made by `prism_pl.segments`, the same way on both sides; a score is read at the end token that closes
+each. `TwoHeadDiscriminator` is a vision-language backbone with one head for each expert; other kinds are further
+subclasses of `Discriminator`.
+"""
+
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prism_pl.batch import SequenceBatch, micro_batches
+from prism_pl.chat import EXPERTS, Parsed, parse, segments
+from prism_pl.policy import (
+    batch_vision_attention,
+    check_policy_path,
+    freeze_matching,
+    hidden_states,
+    load_safetensors,
+    put_in_place,
+    save_processor,
+    set_dtype,
+)
+from prism_pl.processor import Processor, Prompt
+from prism_pl.segments import SegmentBatch, segment_batch
+
+SETTINGS = "discriminator.json"
+HEADS = "heads.safetensors"
+
+
+class RowScores(NamedTuple):
+    """What a discriminator's forward pass returns.
+
+    Attributes:
+        scores_N: one a sequence, float32.
+        aux_loss: scalar, already weighted, e.g. a router's load balance; 0 where there is none.
+        diagnostics: scalars for the logs, means over the sequences.
+    """
+
+    scores_N: Tensor
+    aux_loss: Tensor
+    diagnostics: dict[str, Tensor]
+
+
+@dataclass
+class Scores:
+    """Scores of B responses.
+
+    Attributes:
+        by_expert: (B,) each; NaN where the response is malformed (`valid_B` is False): mask before use.
+        valid_B: True where a response has segments.
+        aux_loss: to be added to the discriminator's loss as it stands.
+        diagnostics: scalars for the logs, among them `capped/<expert>`, the share of segments that reach the cap.
+    """
+
+    by_expert: dict[str, Tensor]
+    valid_B: Tensor
+    aux_loss: Tensor
+    diagnostics: dict[str, Tensor]
+
+
+class Discriminator(nn.Module):
+    """What every kind of discriminator is. Its class is named in YAML; `forward` is one pass over N sequences.
+
+    Attributes:
+        experts: names, keys of `prism_pl.chat.segments`.
+        processor: encodes prompts and segments.
+        max_segment_tokens: longest segment, end token included; longer ones are cut, on both sides alike.
+    """
+
+    experts: tuple[str, ...]
+    processor: Processor
+    max_segment_tokens: int
+
+    @abstractmethod
+    def forward(self, sequences: SequenceBatch, expert_N: Tensor) -> RowScores:
+        """Score each sequence at its last token by the expert that reads it."""
+
+    @abstractmethod
+    def save(self, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+        """Write everything that loading it alone needs."""
+
+
+# In YAML a class_path with init_args, from Python functools.partial: the network is built in configure_model.
+DiscriminatorFactory = Callable[[], Discriminator]
+
+
+def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens: int | None = None) -> Scores:
+    """Score a batch on the discriminator's device, in its present mode, with gradients where they are on.
+
+    Args:
+        micro_batch_tokens: padded tokens run at once; with gradients each piece is computed again in the backward
+            pass, which bounds the memory to one piece. None runs the whole batch.
+    """
+    from lightning.fabric.utilities import move_data_to_device
+
+    batch = move_data_to_device(batch, next(discriminator.parameters()).device)
+    pieces = [(batch.expert_N[rows], piece) for rows, piece in micro_batches(batch.sequences, micro_batch_tokens)]
+    parts: list[RowScores] = []
+    for expert_N, piece in pieces:
+        if len(pieces) > 1 and torch.is_grad_enabled():
+            parts.append(RowScores(*checkpoint(discriminator, piece, expert_N, use_reentrant=False)))
+        else:
+            parts.append(discriminator(piece, expert_N))
+    share = torch.tensor([len(part.scores_N) / len(batch.expert_N) for part in parts])
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return (torch.stack(list(values)) * share.to(values[0].device)).sum()
+
+    scores_N = torch.cat([part.scores_N for part in parts])
+    by_expert = {}
+    for expert, row_B in batch.row_of.items():
+        scores_B = scores_N[row_B.clamp_min(0)]
+        by_expert[expert] = torch.where(row_B >= 0, scores_B, torch.full_like(scores_B, torch.nan))
+    diagnostics = {name: mean([part.diagnostics[name].detach() for part in parts]) for name in parts[0].diagnostics}
+    diagnostics |= {f"capped/{expert}": value for expert, value in batch.capped.items()}
+    return Scores(by_expert, batch.valid_B, mean([part.aux_loss for part in parts]), diagnostics)
+
+
+def score_texts(
+    discriminator: Discriminator,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Parsed | str],
+    prompt_of: Sequence[int],
+    *,
+    training: bool = False,
+    micro_batch_tokens: int | None = None,
+) -> Scores:
+    """Score B responses, demonstrations and rollouts alike, in one forward pass.
+
+    Args:
+        prompts: P prompts, encoded by the discriminator's processor.
+        responses: as text or parsed; malformed ones get NaN.
+        prompt_of: for each response, the index of its prompt.
+        training: with gradients and dropout, for the discriminator's own loss. Otherwise in eval mode without
+            gradients, for rewards and metrics.
+    """
+    parsed = [parse(response) if isinstance(response, str) else response for response in responses]
+    parts = [segments(response) if response.valid else None for response in parsed]
+    texts = {expert: [None if part is None else part[expert] for part in parts] for expert in discriminator.experts}
+    batch = segment_batch(discriminator.processor, prompts, texts, prompt_of, discriminator.max_segment_tokens)
+    if training:
+        assert discriminator.training, "the discriminator is trained with dropout: put it in training mode"
+        return score(discriminator, batch, micro_batch_tokens)
+    with torch.no_grad(), evaluating(discriminator):
+        return score(discriminator, batch, micro_batch_tokens)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode meanwhile, the mode from before afterwards."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+class TwoHeadDiscriminator(Discriminator):
+    """A Qwen3-VL backbone with a head (dropout, linear without bias, as in PRISM's release) for each expert.
+
+    Args:
+        path: a folder (or hub id) that holds a warm-started discriminator; with `init_heads` a policy to start from.
+        init_heads: draw the heads anew, on the backbone of the policy at `path`. Only the warm start wants this.
+        dropout: before each head.
+        max_segment_tokens: see `Discriminator`; None takes the warm start's, or 4096 with `init_heads`.
+        freeze: name patterns of parameters that stay as they are, e.g. `model.visual.*`.
+        attn_implementation, gradient_checkpointing, max_pixels: as in `PolicySpec`.
+
+    ValueError where trained heads are expected and missing: they are never random in silence.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        init_heads: bool = False,
+        dropout: float = 0.1,
+        max_segment_tokens: int | None = None,
+        freeze: Sequence[str] = (),
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        max_pixels: int | None = None,
+    ) -> None:
+        from transformers import Qwen3VLModel
+
+        super().__init__()
+        check_policy_path(path)
+        settings = _settings(path, init_heads)
+        self.experts = EXPERTS
+        self.max_segment_tokens = max_segment_tokens or settings.get("max_segment_tokens", 4096)
+        self.processor = Processor.from_path(path, max_pixels)
+        self.model: Any = load_safetensors(Qwen3VLModel, path, attn_implementation)
+        batch_vision_attention(self)
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.dropout = nn.Dropout(dropout)
+        hidden = self.model.config.text_config.hidden_size
+        heads = {expert: nn.Linear(hidden, 1, bias=False) for expert in self.experts}
+        self.heads = nn.ModuleDict(heads)
+        if init_heads:
+            # Hidden states leave the last norm with entries near 1, so scores start near 0.1 in size: the first gaps
+            # are close to 0, and the backbone gets a gradient from the first step, which zero heads would not give it.
+            for head in heads.values():
+                nn.init.normal_(head.weight, std=0.1 / math.sqrt(hidden))
+        else:
+            self.heads.load_state_dict(_load_heads(path, self.heads))
+        freeze_matching(self, freeze)
+        self.train()
+
+    def forward(self, sequences: SequenceBatch, expert_N: Tensor) -> RowScores:
+        hidden_NSH = hidden_states(self.model, sequences)
+        rows = torch.arange(len(sequences), device=hidden_NSH.device)
+        last_NH = hidden_NSH[rows, sequences.lengths_B - 1]
+        # In float32 also under bf16 autocast: bf16 keeps 8 bits, too few to rank near-equal scores.
+        with torch.autocast(last_NH.device.type, enabled=False):
+            by_head = [self.heads[expert](self.dropout(last_NH.float())) for expert in self.experts]
+        scores_N = torch.cat(by_head, dim=1).gather(1, expert_N[:, None]).squeeze(1)
+        return RowScores(scores_N, scores_N.new_zeros(()), {})
+
+    def save(self, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+        """Write backbone and heads (safetensors), settings, tokenizer and processor; a kill leaves no half folder."""
+        from safetensors.torch import save_file
+
+        temporary = folder.with_name(folder.name + ".tmp")
+        kind = getattr(torch, dtype)
+        weights = {name: tensor.detach().to(kind) for name, tensor in self.model.state_dict().items()}
+        self.model.save_pretrained(temporary, state_dict=weights)
+        set_dtype(temporary / "config.json", dtype)
+        # Heads are a few numbers: they keep float32.
+        heads = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.heads.state_dict().items()}
+        save_file(heads, temporary / HEADS)
+        settings = {"experts": list(self.experts), "max_segment_tokens": self.max_segment_tokens}
+        (temporary / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        save_processor(self.processor, temporary)
+        put_in_place(temporary, folder)
+
+
+def _find(path: str, name: str) -> Path | None:
+    """A file of a folder or hub id; None where it does not exist."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def _settings(path: str, init_heads: bool) -> dict[str, Any]:
+    """The settings a warm-started discriminator was saved with; {} for a policy."""
+    file = _find(path, SETTINGS)
+    if init_heads:
+        if file is not None:
+            raise ValueError(
+                f"{path!r} is a warm-started discriminator and init_heads would throw its heads away: leave init_heads "
+                "out, or name a policy"
+            )
+        return {}
+    if file is None:
+        raise ValueError(
+            f"{path!r} is no warm-started discriminator (no {SETTINGS}), and missing head weights are never random: "
+            "run warmup.yaml and name its export/ folder"
+        )
+    return json.loads(file.read_text())
+
+
+def _load_heads(path: str, heads: nn.ModuleDict) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    file = _find(path, HEADS)
+    if file is None:
+        raise ValueError(
+            f"{path!r} lacks {HEADS}, and missing head weights are never random: run warmup.yaml and name its export/ "
+            "folder"
+        )
+    found = load_file(file)
+    wanted = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
+    held = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if held != wanted:
+        raise ValueError(f"{file} holds the heads {held} where {wanted} are needed: run warmup.yaml anew")
+    return found

@@ -1,0 +1,266 @@
+"""The discriminator: text against text, no shortcut, its own folder."""
+
+import json
+import pickle
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from prism_pl.batch import Example
+from prism_pl.chat import Parsed, parse, render
+from prism_pl.discriminator import Discriminator, RowScores, TwoHeadDiscriminator, evaluating, score, score_texts
+from prism_pl.policy import PolicySpec
+from prism_pl.segments import segment_batch, segment_ids
+from tests.conftest import DEMONSTRATION, make_examples
+
+SHORT = render("- red 3", "1. it is 3", "3")
+OTHER = render("- blue 7 at centre\n- red 3", "1. the digits are 7 and 3\n2. 7 + 3 = 10", "10")
+MALFORMED = "<caption>no end"
+
+
+@pytest.fixture(scope="module")
+def discriminator(random_policy) -> TwoHeadDiscriminator:
+    torch.manual_seed(0)
+    return TwoHeadDiscriminator(random_policy, init_heads=True, max_segment_tokens=200)
+
+
+def prompts_of(discriminator: Discriminator, examples: list[Example]):
+    return [discriminator.processor.prompt(example) for example in examples]
+
+
+def scores_of(discriminator, responses, prompt_of=None, num_prompts=1, **options):
+    prompts = prompts_of(discriminator, make_examples(num_prompts))
+    return score_texts(discriminator, prompts, responses, prompt_of or [0] * len(responses), **options)
+
+
+def test_identical_text_gives_a_gap_of_exactly_zero(discriminator):
+    # The same response with other line breaks and blanks: normalised alike. Padded by a longer one, in small pieces.
+    spaced = DEMONSTRATION.replace("\n", " \n\n").replace("<think>", "  <think>")
+    for micro_batch_tokens in (None, 1, 200):
+        scores = scores_of(
+            discriminator, [DEMONSTRATION, OTHER, spaced, SHORT], micro_batch_tokens=micro_batch_tokens
+        ).by_expert
+        for expert in discriminator.experts:
+            assert float(scores[expert][0] - scores[expert][2]) == 0.0
+            assert float(scores[expert][0] - scores[expert][1]) != 0.0
+
+
+def test_text_decides_and_not_the_sampled_ids(discriminator):
+    processor = discriminator.processor
+    canonical = processor.tokenizer(DEMONSTRATION, add_special_tokens=False).input_ids
+    # One token a byte: a tokenisation that a policy may sample and the tokenizer never writes.
+    byte_ids = [i for c in DEMONSTRATION for i in processor.tokenizer(c, add_special_tokens=False).input_ids]
+    assert byte_ids != canonical
+    texts = [processor.decode(ids) for ids in (canonical, byte_ids)]
+    scores = scores_of(discriminator, texts).by_expert
+    assert all(float(s[0] - s[1]) == 0.0 for s in scores.values())
+
+
+class ShortcutDiscriminator(Discriminator):
+    """Reads only the last token's id and the segment's length at the cap: what a cheat could live on."""
+
+    def __init__(self, processor, max_segment_tokens: int) -> None:
+        super().__init__()
+        self.experts = ("perception", "reasoning")
+        self.processor = processor
+        self.max_segment_tokens = max_segment_tokens
+        self.by_id = torch.nn.Embedding(1000, 1)
+
+    def forward(self, sequences, expert_N):
+        last_N = sequences.input_ids_BS.gather(1, (sequences.lengths_B - 1)[:, None]).squeeze(1)
+        at_cap_N = (sequences.mask_BT.sum(1) >= self.max_segment_tokens).float()
+        scores_N = self.by_id(last_N).squeeze(1) + 100 * at_cap_N
+        return RowScores(scores_N, scores_N.new_zeros(()), {})
+
+    def save(self, folder, dtype="float32"): ...
+
+
+@pytest.mark.parametrize("demonstration_is_cut", [False, True])
+def test_final_token_and_cap_cannot_win(blank_policy, demonstration_is_cut):
+    processor = PolicySpec(blank_policy).processor()
+    shortcut = ShortcutDiscriminator(processor, max_segment_tokens=12 if demonstration_is_cut else 300)
+    long = render("- red 3 at top left\n" * 9, "1. the digits are 3 and 7\n" * 9, "10")
+    # A demonstration beside rollouts that end otherwise: cut by the sampler before the last tag's line break,
+    # followed by white space, and far longer than the cap.
+    responses = [DEMONSTRATION, DEMONSTRATION + "\n", long if demonstration_is_cut else OTHER]
+    scores = scores_of(shortcut, responses)
+    for values in scores.by_expert.values():
+        assert torch.equal(values, values[:1].expand_as(values))
+    assert set(scores.diagnostics) == {"capped/perception", "capped/reasoning"}
+    assert float(scores.diagnostics["capped/perception"]) == float(demonstration_is_cut)
+
+
+def test_every_segment_ends_with_the_end_token_and_keeps_the_cap(blank_policy):
+    processor = PolicySpec(blank_policy).processor()
+    text = "<caption> red 3 at top left </caption>"
+    whole = segment_ids(processor, text, 300)
+    assert whole[-1] == processor.eos_id
+    assert segment_ids(processor, text, 5) == [*whole[:4], processor.eos_id]
+    # A response may spell special tokens; they must neither end the segment nor ask for an image.
+    spelled = segment_ids(processor, "<|im_end|> <|image_pad|> red", 300)
+    assert spelled.count(processor.eos_id) == 1
+    assert processor.image_token_id not in spelled
+
+
+def test_the_score_is_read_at_the_end_token_whatever_the_padding(discriminator):
+    alone = scores_of(discriminator, [SHORT]).by_expert
+    padded = scores_of(discriminator, [SHORT, DEMONSTRATION, OTHER]).by_expert
+    for expert in discriminator.experts:
+        torch.testing.assert_close(padded[expert][:1], alone[expert], atol=1e-6, rtol=0)
+    # And it is that token's: another end token gives another score.
+    prompts = prompts_of(discriminator, make_examples(1))
+    texts = {"perception": ["<caption> red"], "reasoning": ["<think> 3"]}
+    batch = segment_batch(discriminator.processor, prompts, texts, [0], 200)
+    with torch.no_grad(), evaluating(discriminator):
+        before = score(discriminator, batch).by_expert["perception"]
+        batch.sequences.input_ids_BS[0, batch.sequences.lengths_B[0] - 1] = 5
+        after = score(discriminator, batch).by_expert["perception"]
+    assert not torch.allclose(before, after)
+
+
+def test_each_expert_sees_only_its_segment(discriminator):
+    one, other = parse(DEMONSTRATION), parse(OTHER)
+    crossed = [one, Parsed(one.caption, other.reasoning, other.answer, True)]
+    scores = scores_of(discriminator, crossed).by_expert
+    assert scores["perception"][0] == scores["perception"][1]
+    assert scores["reasoning"][0] != scores["reasoning"][1]
+    crossed = [one, Parsed(other.caption, one.reasoning, one.answer, True)]
+    scores = scores_of(discriminator, crossed).by_expert
+    assert scores["perception"][0] != scores["perception"][1]
+    assert scores["reasoning"][0] == scores["reasoning"][1]
+
+
+def test_the_image_and_the_question_matter(discriminator):
+    scores = scores_of(discriminator, [DEMONSTRATION] * 2, [0, 1], num_prompts=2).by_expert
+    assert all(s[0] != s[1] for s in scores.values())
+
+
+def test_micro_batches_give_the_whole_batch_scores_and_gradients(discriminator):
+    responses, prompt_of = [DEMONSTRATION, SHORT, OTHER, MALFORMED, SHORT], [0, 1, 2, 1, 0]
+    for dropout in discriminator.modules():
+        if isinstance(dropout, torch.nn.Dropout):
+            dropout.p = 0.0
+    results = []
+    for micro_batch_tokens in (None, 150):
+        discriminator.zero_grad()
+        scores = scores_of(discriminator, responses, prompt_of, 3, training=True, micro_batch_tokens=micro_batch_tokens)
+        torch.stack([s[scores.valid_B].square().sum() for s in scores.by_expert.values()]).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in discriminator.parameters() if p.grad is not None])
+        results.append((torch.cat(list(scores.by_expert.values())).detach(), gradients))
+    discriminator.dropout.p = 0.1
+    (whole, whole_gradients), (pieces, piece_gradients) = results
+    torch.testing.assert_close(whole, pieces, equal_nan=True)
+    torch.testing.assert_close(whole_gradients, piece_gradients, atol=1e-5, rtol=1e-4)
+    assert float(whole_gradients.abs().max()) > 0
+
+
+def test_malformed_responses_are_nan_and_marked(discriminator):
+    scores = scores_of(discriminator, [DEMONSTRATION, MALFORMED, SHORT])
+    assert scores.valid_B.tolist() == [True, False, True]
+    for values in scores.by_expert.values():
+        assert values.isnan().tolist() == [False, True, False]
+    discriminator.zero_grad()
+    nothing = scores_of(discriminator, [MALFORMED, MALFORMED], training=True)
+    assert not nothing.valid_B.any()
+    torch.where(nothing.valid_B, nothing.by_expert["reasoning"], 0.0).sum().backward()
+    assert all(p.grad is None or float(p.grad.abs().max()) == 0 for p in discriminator.heads.parameters())
+    discriminator.zero_grad()
+
+
+def test_scored_in_eval_mode_and_trained_with_dropout(discriminator):
+    plain = [scores_of(discriminator, [DEMONSTRATION]).by_expert["perception"] for _ in range(2)]
+    assert torch.equal(*plain)
+    assert discriminator.training
+    dropped = [scores_of(discriminator, [DEMONSTRATION], training=True).by_expert["perception"] for _ in range(2)]
+    assert not torch.equal(*dropped)
+    assert dropped[0].requires_grad
+    assert not plain[0].requires_grad
+
+
+def test_first_scores_are_small_and_every_part_gets_a_gradient(random_policy):
+    fresh = TwoHeadDiscriminator(random_policy, init_heads=True)
+    scores = scores_of(fresh, [DEMONSTRATION, OTHER], training=True)
+    assert all(float(s.detach().abs().max()) < 1 for s in scores.by_expert.values())
+    gaps = torch.stack([s[0] - s[1] for s in scores.by_expert.values()])
+    assert float(gaps.detach().abs().max()) < 0.5
+    torch.nn.functional.softplus(-gaps).sum().backward()
+    without = [n for n, p in fresh.named_parameters() if p.grad is None or not bool(p.grad.abs().max() > 0)]
+    assert without == []
+
+
+def test_save_and_load_give_the_same_scores(discriminator, tmp_path):
+    discriminator.save(tmp_path / "d")
+    discriminator.save(tmp_path / "d")  # an older one is replaced
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
+    loaded = TwoHeadDiscriminator(str(tmp_path / "d"))
+    assert loaded.max_segment_tokens == 200
+    one, two = (scores_of(d, [DEMONSTRATION, SHORT]).by_expert for d in (discriminator, loaded))
+    assert all(torch.equal(one[expert], two[expert]) for expert in one)
+    discriminator.save(tmp_path / "half", "bfloat16")
+    half = TwoHeadDiscriminator(str(tmp_path / "half"))
+    assert half.model.get_input_embeddings().weight.dtype == torch.float32
+    three = scores_of(half, [DEMONSTRATION, SHORT]).by_expert
+    assert all(torch.allclose(one[expert], three[expert], atol=0.02) for expert in one)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("d", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_missing_heads_are_never_random(discriminator, random_policy, tmp_path):
+    with pytest.raises(ValueError, match=r"never random: run warmup\.yaml"):
+        TwoHeadDiscriminator(random_policy)
+    discriminator.save(tmp_path / "d")
+    with pytest.raises(ValueError, match="would throw its heads away"):
+        TwoHeadDiscriminator(str(tmp_path / "d"), init_heads=True)
+    heads = tmp_path / "d" / "heads.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    save_file({"perception.weight": load_file(heads)["perception.weight"]}, heads)
+    with pytest.raises(ValueError, match=r"reasoning\.weight"):
+        TwoHeadDiscriminator(str(tmp_path / "d"))
+    heads.unlink()
+    with pytest.raises(ValueError, match=r"lacks heads\.safetensors"):
+        TwoHeadDiscriminator(str(tmp_path / "d"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "heads.bin"])
+def test_a_planted_pickle_is_refused(discriminator, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    discriminator.save(tmp_path / "d")
+    safe = tmp_path / "d" / ("heads.safetensors" if name == "heads.bin" else "model.safetensors")
+    safe.unlink()
+    if name != "heads.bin":
+        (tmp_path / "d" / "heads.safetensors").unlink()
+    (tmp_path / "d" / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"pickled|lacks heads"):
+        TwoHeadDiscriminator(str(tmp_path / "d"))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_yaml_and_python_name_a_factory(random_policy):
+    from jsonargparse import ArgumentParser
+
+    from modules.warmup import DiscriminatorModule
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DiscriminatorModule, "model")
+    named = {"class_path": "prism_pl.discriminator.TwoHeadDiscriminator", "init_args": {"path": random_policy}}
+    arguments = {
+        "policy": {"path": random_policy},
+        "discriminator": {**named, "init_args": {**named["init_args"], "init_heads": True}},
+        "rollout": {"class_path": "tests.test_warmup.ScriptedEngine"},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}},
+        "sampling": {"max_tokens": 8},
+    }
+    module = parser.instantiate(parser.parse_object({"model": arguments})).model
+    assert module.discriminator is None  # built in configure_model, so that ZeRO-3 can shard it
+    module.configure_model()
+    assert isinstance(module.discriminator, TwoHeadDiscriminator)
+    assert isinstance(partial(TwoHeadDiscriminator, path=random_policy, init_heads=True)(), TwoHeadDiscriminator)
+    assert json.dumps(arguments)
