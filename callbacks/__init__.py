@@ -1,0 +1,9 @@
+"""Callbacks that a YAML names as `callbacks.<Name>`."""
+
+from callbacks.completions import Completions
+from callbacks.export import Export
+from callbacks.progress import Progress
+from callbacks.reward_gap import RewardGap
+from callbacks.structural_proxies import StructuralProxies
+
+__all__ = ["Completions", "Export", "Progress", "RewardGap", "StructuralProxies"]
