@@ -1,0 +1,190 @@
+"""Evaluation of a policy: accuracy, format, structure, drift and faithfulness, for each question family and split.
+
+Launch: python -m prism_pl test --config evaluate.yaml --model.policy.path runs/sft/export
+Output: evaluation.json (a record a prompt and all tables), TensorBoard scalars, a table on the screen.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+
+import prism_pl
+from prism_pl.batch import Example
+from prism_pl.evaluation import Judge, PromptRecord, write_json
+from prism_pl.evaluation_tables import Tables, make_tables
+from prism_pl.metrics.counting import DEFAULT_RULE, Rule, describe_rule
+from prism_pl.metrics.scene import KnowsScenes
+from prism_pl.policy import PolicySpec, build_policy
+from prism_pl.report import FILE_NAME, print_evaluation, read_evaluation
+from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class EvaluateModule(LightningModule):
+    """Samples responses to the test prompts and measures them.
+
+    Rows need answers. Where they hold a demonstration, it is the supervision to measure drift against; where the
+    datamodule knows the scenes (`prism_pl.metrics.scene`), captions and steps of both sides are checked.
+
+    Args:
+        policy: which policy.
+        engine: what samples from it.
+        sampling: greedy by default. With a seed, the batches' seeds count up from it.
+        num_samples: responses a prompt.
+        pass_k: for which k to estimate pass@k; at most `num_samples`.
+        name: what tables call this checkpoint; None is the policy's path.
+        rule: how descriptive items and reasoning steps are counted, see `prism_pl.metrics.counting`.
+        num_resamples, bootstrap_seed: of the 95% intervals over prompts.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        engine: RolloutEngine,
+        sampling: Sampling = GREEDY,
+        num_samples: int = 1,
+        pass_k: Sequence[int] = (1,),
+        name: str | None = None,
+        rule: Rule = DEFAULT_RULE,
+        num_resamples: int = 2000,
+        bootstrap_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if sampling.temperature == 0 and num_samples > 1:
+            raise ValueError(
+                f"num_samples is {num_samples} and sampling.temperature 0: greedy responses are all the same, so give "
+                "1 sample or a temperature"
+            )
+        if any(not 1 <= k <= num_samples for k in pass_k):
+            raise ValueError(f"pass_k is {list(pass_k)}: each k must lie in 1 ... num_samples={num_samples}")
+        self.spec = policy
+        self.engine = engine
+        self.sampling = sampling
+        self.num_samples = num_samples
+        self.pass_k = list(pass_k)
+        self.name = name or policy.path
+        self.rule: Rule = rule
+        self.num_resamples = num_resamples
+        self.bootstrap_seed = bootstrap_seed
+        self.processor = policy.processor()
+        self.policy: Any = None
+        self.records: list[PromptRecord] = []
+        self.tables: Tables = {}
+
+    def collator(self, examples: Sequence[Example]) -> list[Example]:
+        """The rows as they are: the engine encodes them."""
+        return list(examples)
+
+    def configure_model(self) -> None:
+        if self.policy is None:
+            self.policy = build_policy(self.spec).eval()
+
+    def setup(self, stage: str) -> None:
+        if self.output_file.exists() and read_evaluation(self.output_file).name != self.name:
+            raise ValueError(
+                f"{self.output_file} holds the evaluation of {read_evaluation(self.output_file).name!r}, and this one "
+                f"is of {self.name!r}: give it a folder of its own with --trainer.default_root_dir"
+            )
+
+    @property
+    def output_file(self) -> Path:
+        """evaluation.json in the run's folder."""
+        return Path(self.trainer.default_root_dir) / FILE_NAME
+
+    def on_test_start(self) -> None:
+        # Evaluation runs under Lightning's own datamodule, or under plain data loaders, which know no scenes.
+        datamodule: object = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        self.judge = Judge(self.rule, datamodule.scene_checker if isinstance(datamodule, KnowsScenes) else None)
+        self.records = []
+        self.engine.start(self.policy, self.processor, rank=self.global_rank)
+
+    def test_step(self, batch: list[Example], batch_idx: int) -> None:
+        sampling = self.sampling
+        if sampling.seed is not None:
+            # One seed for all batches would draw the same noise in each, and prompts would not be independent.
+            sampling = replace(sampling, seed=sampling.seed + batch_idx)
+        rollouts = self.engine.generate(batch, self.num_samples, sampling)
+        for p, example in enumerate(batch):
+            samples = rollouts[p * self.num_samples : (p + 1) * self.num_samples]
+            self.records.append(self._record(example, samples))
+
+    def _record(self, example: Example, rollouts: Sequence[Rollout]) -> PromptRecord:
+        supervision = None
+        if example.response is not None:
+            supervision = self.judge(example.response, example, len(self.processor.response_ids(example.response)))
+        return PromptRecord(
+            id=example.id,
+            family=str(example.meta.get("family", "questions")),
+            split=str(example.meta.get("split", "test")),
+            question=example.question,
+            answers=example.answers,
+            policy=[self.judge(r.text, example, len(r.response_ids), r.finish_reason == "length") for r in rollouts],
+            supervision=supervision,
+        )
+
+    def on_test_epoch_end(self) -> None:
+        self.records = _gathered(self.records)
+        if not self.trainer.is_global_zero:
+            return
+        self.tables = make_tables(self.records, self.pass_k, self.num_resamples, self.bootstrap_seed)
+        self.output_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._settings() | {"tables": self.tables, "records": self.records}, self.output_file)
+        scalars = {
+            f"evaluate/{split}/{family}/{metric}": entry["mean"]
+            for split, families in self.tables.items()
+            for family, table in families.items()
+            for metric, entry in table.items()
+        }
+        # Not through self.log: Lightning would print several hundred rows before our own table.
+        for logger in self.trainer.loggers:
+            logger.log_metrics(scalars, step=0)
+
+    def _settings(self) -> dict[str, Any]:
+        from prism_pl.rewards import timeouts
+
+        packages = ("torch", "transformers", "lightning")
+        return {
+            "name": self.name,
+            "policy": self.spec.path,
+            "command": shlex.join(sys.argv),
+            "seed": torch.initial_seed(),
+            "sampling": asdict(self.sampling),
+            "num_samples": self.num_samples,
+            "pass_k": self.pass_k,
+            "rule": self.rule,
+            "rule_in_words": describe_rule(self.rule),
+            "num_resamples": self.num_resamples,
+            "bootstrap_seed": self.bootstrap_seed,
+            "comparisons_without_verdict": timeouts(),
+            "versions": {"prism_pl": prism_pl.__version__, **{package: version(package) for package in packages}},
+        }
+
+    def teardown(self, stage: str) -> None:
+        self.engine.close()
+        if self.tables:  # printed here, behind the progress bar's last line
+            print_evaluation(read_evaluation(self.output_file))
+            print(f"written to {self.output_file}")
+
+
+def _gathered(records: list[PromptRecord]) -> list[PromptRecord]:
+    """The records of all ranks, each prompt once: samplers repeat rows to give every rank as many. Two rows with one id
+    are a ValueError: they could not be told apart in a comparison."""
+    parts: list[list[PromptRecord]] = [records]
+    if torch.distributed.is_initialized():
+        parts = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(parts, records)
+    by_id: dict[str, PromptRecord] = {}
+    for record in (record for part in parts for record in part):
+        other = by_id.setdefault(record["id"], record)
+        repeated_by_sampler = len(parts) > 1 and other["question"] == record["question"]
+        if other is not record and not repeated_by_sampler:
+            raise ValueError(f"two rows have the id {record['id']!r}: give every row of the test data its own")
+    return list(by_id.values())

@@ -1,0 +1,152 @@
+"""Tables of an evaluation: every number with its 95% bootstrap interval over prompts, for each split and family."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, TypedDict
+
+from prism_pl.evaluation import SIDES, PromptRecord, ResponseRecord, Side, responses_of
+from prism_pl.metrics.bootstrap import Interval, bootstrap_interval, ratio_interval
+from prism_pl.metrics.drift_bootstrap import distance_interval
+
+ALL_FAMILIES = "all"
+
+
+class Entry(TypedDict):
+    """One number of a table: value, bounds of its interval, and how many prompts and responses are behind it."""
+
+    mean: float
+    low: float
+    high: float
+    prompts: int
+    responses: int
+
+
+Table = dict[str, Entry]  # metric -> entry
+Tables = dict[str, dict[str, Table]]  # split -> family -> table
+
+
+Ratio = Callable[[ResponseRecord], tuple[float, float]]
+
+
+def _share_of(block: Literal["caption", "reasoning"], part: str, whole: Sequence[str]) -> Ratio:
+    def ratio(record: ResponseRecord) -> tuple[float, float]:
+        counts = record[block]
+        return (0, 0) if counts is None else (counts[part], sum(counts[key] for key in whole))
+
+    return ratio
+
+
+def _mean_of(key: Literal["items", "steps"]) -> Ratio:
+    def ratio(record: ResponseRecord) -> tuple[float, float]:
+        count = record[key]
+        return (0, 0) if count is None else (count, 1)
+
+    return ratio
+
+
+def _caption_exact(record: ResponseRecord) -> tuple[float, float]:
+    return (0, 0) if record["caption"] is None else (record["caption"]["exact"], 1)
+
+
+def _step_completeness(record: ResponseRecord) -> tuple[float, float]:
+    counts = record["reasoning"]
+    return (0, 0) if counts is None else (min(counts["correct"], counts["expected"]), counts["expected"])
+
+
+# Every number is a sum over a sum: what a response adds to both. (0, 0) leaves it out.
+POLICY_RATIOS: dict[str, Ratio] = {
+    "accuracy": lambda record: (record["correct"], 1),
+    "lenient_accuracy": lambda record: (record["lenient"], 1),
+    "format": lambda record: (record["valid"], 1),
+    "truncated": lambda record: (record["truncated"], 1),
+}
+TEXT_RATIOS: dict[str, Ratio] = {
+    "response_length": lambda record: (record["tokens"], 1),
+    "descriptive_items": _mean_of("items"),
+    "reasoning_steps": _mean_of("steps"),
+}
+SCENE_RATIOS: dict[str, Ratio] = {
+    "caption_precision": _share_of("caption", "true", ("true", "invented")),
+    "caption_recall": _share_of("caption", "true", ("true", "missed")),
+    "caption_exact": _caption_exact,
+    "step_correctness": _share_of("reasoning", "correct", ("stated",)),
+    "step_completeness": _step_completeness,
+}
+RATIOS = POLICY_RATIOS | TEXT_RATIOS | SCENE_RATIOS
+DISTANCES: dict[str, Literal["items", "steps", "tokens"]] = {
+    "descriptive_items": "items",
+    "reasoning_steps": "steps",
+    "response_length": "tokens",
+}
+
+
+def prompt_ratio(record: PromptRecord, metric: str, side: Side = "policy") -> tuple[float, float]:
+    """Numerator and denominator of a metric, summed over a prompt's responses of one side."""
+    parts = [RATIOS[metric](response) for response in responses_of(record, side)]
+    return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+
+def prompt_counts(records: Iterable[PromptRecord], metric: str, side: Side) -> dict[str, list[int]]:
+    """Prompt id -> counts of one side's responses, for the distance named `metric`. Malformed responses have no items
+    and steps, and are left out there; every response has a length.
+    Only prompts whose supervision has a count, so that both sides are about the same prompts."""
+    key = DISTANCES[metric]
+    counts: dict[str, list[int]] = {}
+    for record in records:
+        supervision = record["supervision"]
+        if supervision is not None and supervision[key] is not None:
+            found = [response[key] for response in responses_of(record, side)]
+            counts[record["id"]] = [count for count in found if count is not None]
+    return counts
+
+
+def make_tables(records: Sequence[PromptRecord], pass_k: Sequence[int], num_resamples: int, seed: int) -> Tables:
+    """A table for each split and family of the records, and for all families of a split together."""
+    tables: Tables = {}
+    for split in dict.fromkeys(record["split"] for record in records):
+        rows = [record for record in records if record["split"] == split]
+        families = sorted({record["family"] for record in rows})
+        groups = {ALL_FAMILIES: rows} | {f: [record for record in rows if record["family"] == f] for f in families}
+        tables[split] = {name: make_table(group, pass_k, num_resamples, seed) for name, group in groups.items()}
+    return tables
+
+
+def make_table(records: Sequence[PromptRecord], pass_k: Sequence[int], num_resamples: int, seed: int) -> Table:
+    """All numbers of a group of prompts, each with its 95% interval over prompts."""
+    table: Table = {}
+    for metric in POLICY_RATIOS:
+        table[metric] = _ratio_entry(records, metric, "policy", num_resamples, seed)
+    for k in pass_k:
+        table[f"pass_at_{k}"] = _pass_entry(records, k, num_resamples, seed)
+    scenes_known = any(r["caption"] for record in records for side in SIDES for r in responses_of(record, side))
+    for side in SIDES:
+        rows = [record for record in records if responses_of(record, side)]
+        for metric in (TEXT_RATIOS | SCENE_RATIOS if scenes_known else TEXT_RATIOS) if rows else ():
+            table[f"{metric}/{side}"] = _ratio_entry(rows, metric, side, num_resamples, seed)
+    for metric in DISTANCES:
+        policy = prompt_counts(records, metric, "policy")
+        if policy:
+            supervision = prompt_counts(records, metric, "supervision")
+            interval = distance_interval(policy, supervision, num_resamples, seed=seed)
+            table[f"{metric}/distance"] = _entry(interval, sum(map(len, policy.values())))
+    return table
+
+
+def _ratio_entry(records: Sequence[PromptRecord], metric: str, side: Side, num_resamples: int, seed: int) -> Entry:
+    pairs = [prompt_ratio(record, metric, side) for record in records]
+    interval = ratio_interval([p[0] for p in pairs], [p[1] for p in pairs], num_resamples, seed=seed)
+    counted = [RATIOS[metric](response)[1] > 0 for record in records for response in responses_of(record, side)]
+    return _entry(interval, sum(counted))
+
+
+def _pass_entry(records: Sequence[PromptRecord], k: int, num_resamples: int, seed: int) -> Entry:
+    import torch
+
+    from prism_pl.metrics.passk import pass_at_k
+
+    correct_PG = torch.tensor([[response["correct"] for response in record["policy"]] for record in records])
+    estimates_P = pass_at_k(correct_PG, k).numpy()
+    return _entry(bootstrap_interval(estimates_P, num_resamples, seed=seed), correct_PG.numel())
+
+
+def _entry(interval: Interval, responses: int) -> Entry:
+    return Entry(mean=interval.mean, low=interval.low, high=interval.high, prompts=interval.n, responses=responses)

@@ -1,0 +1,289 @@
+"""Evaluation: hand-computed tables, the JSON that is written, paired differences, and a run of the real engine."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from scipy.stats import wasserstein_distance
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from modules.evaluate import EvaluateModule
+from prism_pl.chat import render
+from prism_pl.metrics.drift_bootstrap import distance_interval, paired_distance_difference
+from prism_pl.policy import PolicySpec
+from prism_pl.report import differences, read_evaluation, results_table
+from prism_pl.rollout.engine import Rollout, Sampling
+from prism_pl.rollout.transformers_engine import TransformersEngine
+from scripts.results_table import main as results_main
+from tests.conftest import make_examples
+
+RIGHT = render("- red 3 at top left\n- blue 7 at centre", "1. 3 + 7 = 10", "10")  # 2 items, 1 step
+WRONG = render("- red 3", "1. read 3\n2. guess", "9")  # 1 item, 2 steps
+BARE = "The answer is 10."  # malformed, right if read leniently
+
+
+class Scripted:
+    """An engine that gives the same written responses to every prompt."""
+
+    def __init__(self, texts, lengths=(4, 8)):
+        self.texts, self.lengths = texts, lengths
+        self.seeds = []
+
+    def start(self, policy, processor, *, rank): ...
+
+    def generate(self, examples, num_samples, sampling):
+        self.seeds.append(sampling.seed)
+        samples = [
+            Rollout([0], [1] * self.lengths[g], [0.0] * self.lengths[g], self.texts[g], "length" if g else "stop")
+            for g in range(num_samples)
+        ]
+        return samples * len(examples)
+
+    def sync(self, named_parameters): ...
+
+    def sleep(self): ...
+
+    def wake(self): ...
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state): ...
+
+    def close(self): ...
+
+
+class Checker:
+    """Captions are as true as they are long; the first step is right, and three are expected."""
+
+    def check_caption(self, caption, example):
+        stated = len(caption.splitlines())
+        return SimpleNamespace(true=stated, missed=2 - stated, invented=1, exact=stated == 2)
+
+    def check_steps(self, reasoning, example):
+        return SimpleNamespace(correct=1, stated=len(reasoning.splitlines()), expected=3)
+
+
+class Rows(LightningDataModule):
+    """Four examples: three of test in two families, one hard. Their demonstration has 2 items and 3 steps."""
+
+    def __init__(self, num=4):
+        super().__init__()
+        self.examples = make_examples(num)
+        for n, example in enumerate(self.examples):
+            example.meta = {"family": "sum" if n < 2 else "count", "split": "hard" if n == 3 else "test"}
+
+    def test_dataloader(self):
+        return DataLoader(self.examples, batch_size=3, collate_fn=self.trainer.lightning_module.collator)
+
+
+class RowsWithScenes(Rows):
+    def __init__(self):
+        super().__init__()
+        self.scene_checker = Checker()
+
+
+def evaluate(folder, policy, texts, data=None, **options):
+    options = {"sampling": Sampling(temperature=1.0), "num_samples": 2, "pass_k": [1, 2], **options}
+    module = EvaluateModule(PolicySpec(policy), options.pop("engine", None) or Scripted(texts), **options)
+    trainer = Trainer(
+        default_root_dir=folder,
+        logger=TensorBoardLogger(folder, name="", version=""),
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.test(module, datamodule=data or RowsWithScenes(), verbose=False)
+    return module
+
+
+def means(table):
+    return {metric: entry["mean"] for metric, entry in table.items()}
+
+
+def test_tables_by_hand(random_policy, tmp_path):
+    module = evaluate(tmp_path, random_policy, [RIGHT, WRONG])
+    assert module.tables.keys() == {"test", "hard"}
+    assert module.tables["test"].keys() == {"all", "count", "sum"}
+    found = means(module.tables["test"]["all"])
+    demonstration_tokens = len(module.processor.response_ids(module.trainer.datamodule.examples[0].response))
+    expected = {
+        "accuracy": 0.5,
+        "lenient_accuracy": 0.5,
+        "format": 1.0,
+        "truncated": 0.5,
+        "pass_at_1": 0.5,
+        "pass_at_2": 1.0,
+        "response_length/policy": 6.0,  # (4 + 8) / 2
+        "response_length/supervision": demonstration_tokens,
+        "response_length/distance": demonstration_tokens - 6,  # all supervision tokens lie above both lengths
+        "descriptive_items/policy": 1.5,
+        "descriptive_items/supervision": 2.0,
+        "descriptive_items/distance": 0.5,  # half of the mass moves from 1 to 2
+        "reasoning_steps/policy": 1.5,
+        "reasoning_steps/supervision": 3.0,
+        "reasoning_steps/distance": 1.5,
+        "caption_precision/policy": 0.6,  # (2 + 1) / (3 + 2)
+        "caption_recall/policy": 0.75,  # 3 / 4
+        "caption_exact/policy": 0.5,
+        "step_correctness/policy": 2 / 3,  # (1 + 1) / (1 + 2)
+        "step_completeness/policy": 1 / 3,
+        "caption_precision/supervision": 2 / 3,
+        "caption_recall/supervision": 1.0,
+        "caption_exact/supervision": 1.0,
+        "step_correctness/supervision": 1 / 3,
+        "step_completeness/supervision": 1 / 3,
+    }
+    assert found == pytest.approx(expected)
+    entry = module.tables["test"]["all"]["descriptive_items/policy"]
+    assert (entry["prompts"], entry["responses"]) == (3, 6)
+    assert module.tables["hard"]["all"]["accuracy"]["prompts"] == 1
+
+
+def test_malformed_responses_count_for_nothing_but_format_and_lenient_accuracy(random_policy, tmp_path):
+    table = evaluate(tmp_path, random_policy, [RIGHT, BARE]).tables["test"]["all"]
+    assert table["accuracy"]["mean"] == 0.5
+    assert table["lenient_accuracy"]["mean"] == 1.0
+    assert table["format"]["mean"] == 0.5
+    assert table["descriptive_items/policy"]["mean"] == 2.0
+    assert table["descriptive_items/policy"]["responses"] == 3
+    all_bare = evaluate(tmp_path / "bare", random_policy, [BARE, BARE]).tables["test"]["all"]
+    assert math.isnan(all_bare["descriptive_items/policy"]["mean"])
+    assert math.isnan(all_bare["descriptive_items/distance"]["mean"])
+    assert all_bare["descriptive_items/policy"]["responses"] == 0
+    written = json.loads((tmp_path / "bare" / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert written["tables"]["test"]["all"]["descriptive_items/policy"]["mean"] is None
+    assert math.isnan(read_evaluation(tmp_path / "bare").table("test")["descriptive_items/policy"]["mean"])
+
+
+def test_without_scenes_and_without_supervision_those_metrics_are_absent(random_policy, tmp_path):
+    data = Rows()
+    for example in data.examples:
+        example.response = None
+    table = evaluate(tmp_path, random_policy, [RIGHT, WRONG], data).tables["test"]["all"]
+    assert not [metric for metric in table if "caption_" in metric or "step_" in metric]
+    assert not [metric for metric in table if metric.endswith(("/supervision", "/distance"))]
+    assert table["descriptive_items/policy"]["mean"] == 1.5
+
+
+def test_json_holds_records_and_settings_and_tensorboard_the_scalars(random_policy, tmp_path):
+    evaluate(tmp_path, random_policy, [RIGHT, WRONG], name="tiny", sampling=Sampling(seed=5))
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert not list(tmp_path.glob("*.tmp"))
+    assert written["name"] == "tiny"
+    assert written["policy"] == random_policy
+    assert written["sampling"]["seed"] == 5
+    assert written["rule_in_words"] == "bullets or numbered lines, else sentences"
+    assert {"torch", "transformers", "lightning", "prism_pl"} == written["versions"].keys()
+    first = written["records"][0]
+    assert (first["id"], first["family"], first["split"]) == ("row-0", "sum", "test")
+    assert [response["correct"] for response in first["policy"]] == [True, False]
+    assert [response["items"] for response in first["policy"]] == [2, 1]
+    assert first["policy"][0]["caption"] == {"true": 2, "missed": 0, "invented": 1, "exact": 1}
+    assert first["supervision"]["steps"] == 3
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Scalars("evaluate/test/sum/accuracy")[0].value == 0.5
+    assert events.Scalars("evaluate/hard/all/descriptive_items/distance")[0].value == 0.5
+
+
+def test_each_batch_has_its_own_seed(random_policy, tmp_path):
+    engine = Scripted([RIGHT])
+    evaluate(tmp_path, random_policy, [], engine=engine, sampling=Sampling(seed=5), num_samples=1, pass_k=[1])
+    assert engine.seeds == [5, 6]
+
+
+def test_wrong_options_and_rows_are_named(random_policy, tmp_path):
+    with pytest.raises(ValueError, match=r"num_samples is 2 and sampling\.temperature 0"):
+        EvaluateModule(PolicySpec(random_policy), Scripted([]), num_samples=2)
+    with pytest.raises(ValueError, match=r"pass_k is \[4\].*num_samples=2"):
+        EvaluateModule(PolicySpec(random_policy), Scripted([]), Sampling(), num_samples=2, pass_k=[4])
+    data = Rows()
+    data.examples[1].answers = []
+    with pytest.raises(ValueError, match=r"'row-1' has no answer"):
+        evaluate(tmp_path, random_policy, [RIGHT, WRONG], data)
+    data = Rows()
+    data.examples[1].id = "row-0"
+    with pytest.raises(ValueError, match="two rows have the id 'row-0'"):
+        evaluate(tmp_path, random_policy, [RIGHT, WRONG], data)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_another_checkpoints_results_are_not_overwritten(random_policy, tmp_path):
+    evaluate(tmp_path, random_policy, [RIGHT, WRONG], name="first")
+    evaluate(tmp_path, random_policy, [RIGHT, RIGHT], name="first")
+    with pytest.raises(ValueError, match=r"'first'.*'second'.*default_root_dir"):
+        evaluate(tmp_path, random_policy, [RIGHT, WRONG], name="second")
+    assert read_evaluation(tmp_path).table("test")["accuracy"]["mean"] == 1.0
+
+
+def test_results_table_and_paired_differences(random_policy, tmp_path, capsys):
+    evaluate(tmp_path / "a", random_policy, [RIGHT, RIGHT], name="align")
+    evaluate(tmp_path / "b", random_policy, [RIGHT, WRONG], name="sft")
+    a, b = read_evaluation(tmp_path / "a"), read_evaluation(tmp_path / "b" / "evaluation.json")
+    table = results_table([a, b])
+    assert "| align | 100.0 [100.0, 100.0] |" in table
+    assert "| supervision |" in table
+    found = differences(a, b)
+    # Every prompt has the same responses, so each resample gives the same difference and the interval is a point.
+    assert found["accuracy"] == pytest.approx((0.5, 0.5, 0.5, 3))
+    assert found["descriptive_items/distance"] == pytest.approx((-0.5, -0.5, -0.5, 3))  # 0 - 0.5
+    assert found["reasoning_steps/distance"] == pytest.approx((0.5, 0.5, 0.5, 3))  # |1 - 3| - 1.5
+    assert found["caption_precision"] == pytest.approx((2 / 3 - 0.6,) * 3 + (3,))
+    assert found["format"].excludes_zero() is False
+    out = tmp_path / "results" / "table.md"
+    results_main([str(tmp_path / "a"), str(tmp_path / "b"), "--pairs", "align:sft", "--out", str(out)])
+    report = out.read_text()
+    assert "| align - sft | accuracy | +0.500 | [+0.500, +0.500] | * |" in report
+    assert "3 prompts of test" in report
+    assert "seed 0" in report
+    assert "--pairs align:sft" in report
+    assert report in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="names 'sfd'; the evaluations are align, sft"):
+        results_main([str(tmp_path / "a"), str(tmp_path / "b"), "--pairs", "align:sfd"])
+    evaluate(tmp_path / "c", random_policy, [RIGHT, RIGHT], name="by lines", rule="lines")
+    with pytest.raises(ValueError, match="different rules"):
+        results_table([a, read_evaluation(tmp_path / "c")])
+
+
+def test_distance_bootstrap_is_wasserstein_and_pairs_the_prompts():
+    generator = np.random.default_rng(1)
+    a, b, s = (
+        {str(p): generator.integers(low, high, n).tolist() for p in range(60)}
+        for low, high, n in ((0, 6, 4), (2, 9, 4), (5, 9, 1))
+    )
+    pooled = [[count for counts in side.values() for count in counts] for side in (a, b, s)]
+    of_a, of_b = wasserstein_distance(pooled[0], pooled[2]), wasserstein_distance(pooled[1], pooled[2])
+    interval = distance_interval(a, s, 500)
+    assert interval.mean == pytest.approx(of_a)
+    assert interval.low < of_a < interval.high
+    difference = paired_distance_difference(a, b, s, 500)
+    assert difference.mean == pytest.approx(of_a - of_b)
+    assert difference.excludes_zero()
+    assert paired_distance_difference(a, a, s, 500)[:3] == (0, 0, 0)
+    shuffled = dict(reversed(list(a.items())))
+    assert distance_interval(shuffled, s, 500) == interval
+    with pytest.raises(ValueError, match="such as '59'"):
+        distance_interval({k: v for k, v in a.items() if k != "59"}, s)
+
+
+def test_distance_bootstrap_resamples_one_row_a_prompt():
+    # One prompt of two has a distance of 4, the other of 0: resamples give 0 (1 in 4), 2 or 4 (1 in 4).
+    policy, supervision = {"a": [1], "b": [9]}, {"a": [1], "b": [5]}
+    assert distance_interval(policy, supervision, 2000) == (2.0, 0.0, 4.0, 2)
+    assert math.isnan(distance_interval({"a": [], "b": [1]}, supervision, 200).low)
+
+
+def test_the_real_engine_on_real_digits(random_policy, tmp_path):
+    from datamodules.digits import DigitsDataModule
+
+    data = DigitsDataModule(num_test=3, num_hard=2, batch_size=4, system_prompt="Answer.")
+    options = {"sampling": Sampling(temperature=0.0, max_tokens=6), "num_samples": 1, "pass_k": [1]}
+    module = evaluate(tmp_path, random_policy, [], data, engine=TransformersEngine(), **options)
+    assert [record["split"] for record in module.records] == ["test"] * 3 + ["hard"] * 2
+    assert all(1 <= record["policy"][0]["tokens"] <= 6 for record in module.records)
