@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from prism_pl.batch import Example
-from prism_pl.chat import Parsed, parse
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
 from prism_pl.losses import bradley_terry, score_l2, soft_clip
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.prompts import PromptBatch, PromptCollator
+from prism_pl.prompts import PromptBatch, PromptCollator, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
 from prism_pl.strategy import share
 
@@ -106,7 +105,7 @@ class DiscriminatorModule(LightningModule):
         Args:
             rejected: for each prompt, the texts to rank below its demonstration.
         """
-        chosen = [_demonstration(example) for example in batch.examples]
+        chosen = [demonstration(example) for example in batch.examples]
         pair_prompt = [p for p, texts in enumerate(rejected) for _ in texts]
         scores = score_texts(
             self.discriminator,
@@ -118,7 +117,7 @@ class DiscriminatorModule(LightningModule):
         )
         if self.score_clip is not None:
             scores.by_expert = {e: soft_clip(s, self.score_clip) for e, s in scores.by_expert.items()}
-        return _take(scores, pair_prompt), _take(scores, range(len(batch), len(batch) + len(pair_prompt)))
+        return scores.take(pair_prompt), scores.take(range(len(batch), len(batch) + len(pair_prompt)))
 
     def on_fit_start(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:
@@ -219,22 +218,3 @@ class DiscriminatorModule(LightningModule):
 
     def _log(self, name: str, value: Tensor, **options: Any) -> None:
         self.log(name, value, batch_size=1, sync_dist=True, **options)
-
-
-def _demonstration(example: Example) -> Parsed:
-    """A demonstration taken apart; a malformed one is a ValueError, since its pairs would vanish in silence."""
-    assert example.response is not None
-    parsed = parse(example.response)
-    if not parsed.valid:
-        raise ValueError(
-            f"row {example.id!r}: the demonstration is malformed ({parsed.reason}), so it makes no pair: mend the row "
-            "or leave it out"
-        )
-    return parsed
-
-
-def _take(scores: Scores, index: Sequence[int]) -> Scores:
-    """The scores of the responses at `index`."""
-    rows = torch.tensor(list(index), device=scores.valid_B.device, dtype=torch.long)
-    by_expert = {expert: values[rows] for expert, values in scores.by_expert.items()}
-    return Scores(by_expert, scores.valid_B[rows], scores.aux_loss, scores.diagnostics)

@@ -67,6 +67,12 @@ class Scores:
     aux_loss: Tensor
     diagnostics: dict[str, Tensor]
 
+    def take(self, index: Sequence[int]) -> "Scores":
+        """The scores of the responses at `index`."""
+        rows = torch.tensor(list(index), device=self.valid_B.device, dtype=torch.long)
+        by_expert = {expert: values[rows] for expert, values in self.by_expert.items()}
+        return Scores(by_expert, self.valid_B[rows], self.aux_loss, self.diagnostics)
+
 
 class Discriminator(nn.Module):
     """What every kind of discriminator is. Its class is named in YAML; `forward` is one pass over N sequences.

@@ -155,17 +155,18 @@ def bounded_attention(
     num_images = cu_seq_lens_q.numel() - 1
     _, heads, length, width = query_1HND.shape
     if num_images * max_length_q == length:  # one grid for all: a plain batch
-        rows = [
-            x.view(heads, num_images, max_length_q, width).transpose(0, 1) for x in (query_1HND, key_1HND, value_1HND)
-        ]
-        out = nn.functional.scaled_dot_product_attention(*rows, scale=scaling)
+        shape = (heads, num_images, max_length_q, width)
+        query, key, value = (x.view(shape).transpose(0, 1) for x in (query_1HND, key_1HND, value_1HND))
+        out = nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
         return out.transpose(1, 2).reshape(1, length, heads, width), None
     if query_1HND.is_cuda and query_1HND.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
 
-        flat = [x[0].transpose(0, 1).contiguous() for x in (query_1HND, key_1HND, value_1HND)]
+        query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query_1HND, key_1HND, value_1HND))
         bounds = cu_seq_lens_q.to(torch.int32)
-        return varlen_attn(*flat, bounds, bounds, max_length_q, max_length_q, scale=scaling).unsqueeze(0), None
+        out = varlen_attn(query, key, value, bounds, bounds, max_length_q, max_length_q, scale=scaling)
+        assert isinstance(out, Tensor)
+        return out.unsqueeze(0), None
     sizes = cu_seq_lens_q.diff().tolist()
     images = zip(*(x.split(sizes, dim=2) for x in (query_1HND, key_1HND, value_1HND)), strict=True)
     parts = [nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in images]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism_pl.batch import Example
+from prism_pl.chat import Parsed, parse
 from prism_pl.processor import Processor, Prompt
 
 
@@ -84,3 +85,15 @@ def same_encoding(one: Processor, other: Processor) -> bool:
         and one.tokenizer.backend_tokenizer.to_str() == other.tokenizer.backend_tokenizer.to_str()
         and one.image_processor.to_dict() == other.image_processor.to_dict()
     )
+
+
+def demonstration(example: Example) -> Parsed:
+    """A demonstration taken apart; a malformed one is a ValueError, since its pairs would vanish in silence."""
+    assert example.response is not None
+    parsed = parse(example.response)
+    if not parsed.valid:
+        raise ValueError(
+            f"row {example.id!r}: the demonstration is malformed ({parsed.reason}), so it makes no pair: mend the row "
+            "or leave it out"
+        )
+    return parsed

@@ -1,0 +1,361 @@
+"""Stage 2, adversarial on-policy alignment: PRISM's own stage (arXiv 2604.28123).
+
+The policy answers, the discriminator compares each answer with the teacher's, expert by expert, and each player takes a
+step: the discriminator to tell them apart, the policy not to be told apart. No teacher logits are needed.
+
+Launch: python -m prism_pl fit --config align.yaml
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from prism_pl.advantages import paper_advantages, released_advantages
+from prism_pl.aggregation import Metrics
+from prism_pl.batch import SequenceBatch
+from prism_pl.chat import EXPERTS, parse
+from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
+from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
+from prism_pl.losses import bradley_terry, score_l2, soft_clip
+from prism_pl.optim import Schedule, check_finite, clip_gradients, lr_scheduler
+from prism_pl.outputs import StepOutput
+from prism_pl.policy import PolicySpec, build_policy, save_policy
+from prism_pl.policy_loss import PolicyLoss, ReleasedGRPO
+from prism_pl.prompts import PromptBatch, PromptCollator, demonstration
+from prism_pl.rewards import AccuracyFormatReward
+from prism_pl.rollout.batch import rollout_batch
+from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_training_sampling
+from prism_pl.strategy import share, training_only
+from prism_pl.timing import PhaseTimer
+from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
+
+
+class AdversarialAlignModule(LightningModule):
+    """The game between a policy and a discriminator.
+
+    Args:
+        policy: the SFT policy to align.
+        discriminator: the warm-started discriminator.
+        rollout: the engine that samples.
+        policy_optimizer, discriminator_optimizer: optimiser classes with their options.
+        sampling: of the rollouts; the whole distribution, so top_p 1 and top_k 0.
+        num_rollouts: G, rollouts a prompt.
+        advantage: `paper` mixes the experts' scores and then normalises over the group, `released` the other way round.
+        alpha: weight of the perception expert.
+        malformed_penalty: taken off the advantage of malformed responses (`released` only).
+        policy_loss: how advantages become a gradient.
+        kl: a pull towards the starting policy; off by default.
+        discriminator_every, discriminator_steps: every how many policy steps the discriminator learns, and how often.
+        score_l2, score_clip, label_smoothing: of the discriminator's loss; the clip is soft, it always has a gradient.
+        schedule, warmup: of both learning rates, in policy steps.
+        max_grad_norm, discriminator_max_grad_norm: gradient clipping of each player; None only measures.
+        freeze: name patterns of policy parameters that stay as they are.
+        micro_batch_tokens: padded tokens run at once; None runs the whole batch.
+        chunk_tokens: response tokens whose logits exist at once.
+        export_dtype: of the exported policy.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        discriminator: DiscriminatorFactory,
+        rollout: RolloutEngine,
+        policy_optimizer: OptimizerCallable,
+        discriminator_optimizer: OptimizerCallable,
+        sampling: Sampling,
+        num_rollouts: int = 16,
+        advantage: Literal["paper", "released"] = "paper",
+        alpha: float = 0.5,
+        malformed_penalty: float = 1.5,
+        policy_loss: PolicyLoss | None = None,
+        kl: KLPenalty | None = None,
+        discriminator_every: int = 1,
+        discriminator_steps: int = 1,
+        score_l2: float = 0.001,
+        score_clip: float | None = 10.0,
+        label_smoothing: float = 0.0,
+        schedule: Schedule = "constant",
+        warmup: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+        discriminator_max_grad_norm: float | None = 1.0,
+        freeze: Sequence[str] = (),
+        micro_batch_tokens: int | None = None,
+        chunk_tokens: int = 2048,
+        export_dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        check_training_sampling(sampling)
+        for name, value in {
+            "num_rollouts": num_rollouts,
+            "discriminator_every": discriminator_every,
+            "discriminator_steps": discriminator_steps,
+        }.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}: give at least 1")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is {alpha}: the weight of the perception expert, give 0 to 1")
+        self.spec, self.freeze_patterns = policy, freeze
+        self.build_discriminator = discriminator
+        self.rollout, self.sampling, self.num_rollouts = rollout, sampling, num_rollouts
+        self.policy_optimizer, self.discriminator_optimizer = policy_optimizer, discriminator_optimizer
+        self.advantage, self.alpha, self.malformed_penalty = advantage, alpha, malformed_penalty
+        self.policy_loss = policy_loss or ReleasedGRPO()
+        self.kl = kl or KLPenalty()
+        self.discriminator_every, self.discriminator_steps = discriminator_every, discriminator_steps
+        self.score_l2, self.score_clip, self.label_smoothing = score_l2, score_clip, label_smoothing
+        self.schedule: Schedule = schedule
+        self.warmup = warmup
+        self.max_grad_norm, self.discriminator_max_grad_norm = max_grad_norm, discriminator_max_grad_norm
+        self.export_dtype: Literal["float32", "bfloat16"] = export_dtype
+        self.processor = policy.processor()
+        self.numerics = Numerics(
+            sampling.temperature, tuple(self.processor.banned_ids), micro_batch_tokens, chunk_tokens
+        )
+        self.timer = PhaseTimer()
+        self.policy: Any = None
+        self.discriminator: Any = None
+        self.reference: Any = None
+        self._engine_state: dict[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        self.policy = build_policy(self.spec, self.freeze_patterns)
+        self.discriminator = self.build_discriminator()
+        if self.kl.coefficient > 0:
+            self.reference = build_policy(self.spec).eval().requires_grad_(False)
+        self.collator = PromptCollator(
+            self.processor, need_demonstration=True, discriminator_processor=self.discriminator.processor
+        )
+
+    def on_fit_start(self) -> None:
+        warn_inert_clip(self.policy_loss, num_updates=1)
+        self._start_engine()
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
+        with self.timer.phase("rollout"):
+            rollouts, sequences = self._sample(batch)
+        with self.timer.phase("score"):
+            # Before the discriminator's update: the policy is judged by the judge it answered to.
+            scores, demonstration_scores = self._scores(batch, rollouts, training=False)
+        advantages_B, rewards_PG = self._advantages(scores, sequences)
+        with self.timer.phase("policy"):
+            policy_loss = self._policy_backward(sequences, advantages_B, rollouts)
+        with self.timer.phase("discriminator"):
+            if self.trainer.fit_loop.total_batch_idx % self.discriminator_every == 0:
+                self._discriminator_update(batch, rollouts)
+        with self.timer.phase("policy"):
+            self._policy_step(batch)
+        with self.timer.phase("sync"):
+            self.rollout.sync(self.policy.named_parameters())
+        self._log_step(policy_loss, rollouts, scores, sequences)
+        return self._output(batch, rollouts, scores, demonstration_scores, rewards_PG)
+
+    def _sample(self, batch: PromptBatch) -> tuple[list[Rollout], SequenceBatch]:
+        """G rollouts a prompt, and the trainer's tensors of them."""
+        rollouts = self.rollout.generate(batch.examples, self.num_rollouts, self.sampling)
+        sequences, _ = rollout_batch(self.processor, batch.prompts, rollouts, self.num_rollouts)
+        return rollouts, self.transfer_batch_to_device(sequences, self.device, 0)
+
+    def _scores(self, batch: PromptBatch, rollouts: Sequence[Rollout], training: bool) -> tuple[Scores, Scores]:
+        """Scores of B rollouts and of their B demonstrations (each stands once for each of its rollouts), from one
+        forward pass over P demonstrations and B rollouts."""
+        num_prompts, num_rollouts = len(batch), len(rollouts) // len(batch)
+        prompt_of = [b // num_rollouts for b in range(len(rollouts))]
+        scores = score_texts(
+            self.discriminator,
+            batch.discriminator_prompts,
+            [*(demonstration(example) for example in batch.examples), *(parse(r.text) for r in rollouts)],
+            [*range(num_prompts), *prompt_of],
+            training=training,
+            micro_batch_tokens=self.numerics.micro_batch_tokens,
+        )
+        if self.score_clip is not None:
+            scores.by_expert = {e: soft_clip(s, self.score_clip) for e, s in scores.by_expert.items()}
+        return scores.take(range(num_prompts, num_prompts + len(rollouts))), scores.take(prompt_of)
+
+    def _advantages(self, scores: Scores, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """advantages_B, and for the logs the mixed reward_PG (NaN where malformed)."""
+        by_expert = scores.by_expert
+        if self.kl.in_reward:
+            penalty_B, kl_mean = kl_reward(self.kl, self.policy, self.reference, sequences, self.numerics)
+            by_expert = {expert: scores_B - penalty_B for expert, scores_B in by_expert.items()}
+            self.log("align/kl", kl_mean, batch_size=1, sync_dist=True)
+        shape = (-1, self.num_rollouts)
+        scores_PG = {expert: scores_B.view(shape) for expert, scores_B in by_expert.items()}
+        valid_PG = scores.valid_B.view(shape)
+        if self.advantage == "paper":
+            advantages_PG, told = paper_advantages(scores_PG, valid_PG, self.alpha)
+        else:
+            advantages_PG, told = released_advantages(scores_PG, valid_PG, self.alpha, self.malformed_penalty)
+        self.log_dict({f"align/{k}": v.float() for k, v in told.items()}, batch_size=1, sync_dist=True, reduce_fx="sum")
+        rewards_PG = self.alpha * scores_PG[EXPERTS[0]] + (1 - self.alpha) * scores_PG[EXPERTS[1]]
+        return advantages_PG.flatten(), rewards_PG
+
+    def _policy_backward(
+        self, sequences: SequenceBatch, advantages_B: Tensor, rollouts: Sequence[Rollout]
+    ) -> tuple[Tensor, Metrics]:
+        mask_BT = sequences.mask_BT
+        if self.policy_loss.mask_truncated:
+            whole_B = torch.tensor([r.finish_reason == "stop" for r in rollouts], device=mask_BT.device)
+            mask_BT = mask_BT & whole_B[:, None]
+        check_finite(advantages_B, "an advantage", sequences.ids)
+        reference = self.numerics.all_logps(self.reference, sequences) if self.kl.in_loss else None
+        with training_only(self, "policy"):
+            return policy_backward(
+                self.policy,
+                sequences,
+                advantages_B,
+                mask_BT,
+                self.policy_loss,
+                denominator=share(self.policy_loss.count(mask_BT)),
+                numerics=self.numerics,
+                backward=self.manual_backward,
+                ref_logps_BT=reference,
+                kl=self.kl,
+                what="align/policy_loss",
+            )
+
+    def _discriminator_update(self, batch: PromptBatch, rollouts: Sequence[Rollout]) -> None:
+        # The raw optimiser: a step through Lightning's wrapper would count in trainer.global_step, and the step we
+        # count, log, checkpoint and stop at is the policy's.
+        optimizer = self.optimizers()[1].optimizer  # type: ignore[index]
+        with training_only(self, "discriminator"):
+            for _ in range(self.discriminator_steps):
+                loss = self._discriminator_loss(batch, rollouts)
+                check_finite(loss, "align/discriminator_loss", batch.ids)
+                self.manual_backward(loss)
+                norm = clip_gradients(self.discriminator.parameters(), self.discriminator_max_grad_norm)
+                check_finite(norm, "the discriminator's gradient norm", batch.ids)
+                optimizer.step()
+                optimizer.zero_grad()
+        self.log("align/discriminator_loss", loss.detach(), batch_size=1, sync_dist=True)
+        self.log("align/grad_norm/discriminator", norm, batch_size=1)
+
+    def _discriminator_loss(self, batch: PromptBatch, rollouts: Sequence[Rollout]) -> Tensor:
+        """Bradley-Terry of each expert over valid rollouts (eq. 2), plus the release's mean squared score."""
+        rolled, chosen = self._scores(batch, rollouts, training=True)
+        valid_B = rolled.valid_B
+        denominator = share(valid_B.sum())
+        losses, terms = [rolled.aux_loss], []
+        for expert in self.discriminator.experts:
+            pair = chosen.by_expert[expert], rolled.by_expert[expert]
+            losses.append(bradley_terry(*pair, valid_B, self.label_smoothing, denominator)[0])
+            terms += pair
+        losses.append(score_l2(terms, valid_B, self.score_l2, denominator)[0])
+        return torch.stack(losses).sum()
+
+    def _policy_step(self, batch: PromptBatch) -> None:
+        norm = clip_gradients(self.policy.parameters(), self.max_grad_norm)
+        check_finite(norm, "the policy's gradient norm", batch.ids)
+        optimizer: Any = self.optimizers()[0]  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+        for scheduler in self.lr_schedulers():  # type: ignore[union-attr]
+            scheduler.step()  # type: ignore[call-arg]
+        self.log("align/grad_norm/policy", norm, batch_size=1)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
+        """One rollout a held-out prompt, with a seed of its own: curves compare, training draws go on undisturbed."""
+        sampling = Sampling(self.sampling.temperature, self.sampling.max_tokens, seed=batch_idx)
+        rollouts = self.rollout.generate(batch.examples, 1, sampling)
+        scores, demonstration_scores = self._scores(batch, rollouts, training=False)
+        if all(example.answers for example in batch.examples):
+            told = AccuracyFormatReward()([r.text for r in rollouts], batch.examples).parts
+            self.log(
+                "align/val_accuracy", told["accuracy"].mean(), batch_size=len(batch), prog_bar=True, sync_dist=True
+            )
+            self.log("align/val_format", told["format"].mean(), batch_size=len(batch), sync_dist=True)
+        return self._output(batch, rollouts, scores, demonstration_scores)
+
+    def configure_optimizers(self) -> Any:
+        policy = self.policy_optimizer(p for p in self.policy.parameters() if p.requires_grad)
+        discriminator = self.discriminator_optimizer(p for p in self.discriminator.parameters() if p.requires_grad)
+        steps = self.trainer.estimated_stepping_batches
+        schedulers = [lr_scheduler(each, self.schedule, self.warmup, steps) for each in (policy, discriminator)]
+        return [policy, discriminator], schedulers
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":
+            self._start_engine()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        leave_out(checkpoint, "reference")
+        keep_plain_hyperparameters(checkpoint)
+        checkpoint["rollout"] = self.rollout.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.reference is not None:
+            put_back(checkpoint, "reference", self.reference)
+        self._engine_state = checkpoint["rollout"]
+
+    def teardown(self, stage: str) -> None:
+        self.rollout.close()
+
+    def trained_networks(self) -> Iterator[tuple[str, Any]]:
+        """The networks that this stage trains, by name."""
+        yield "policy", self.policy
+        yield "discriminator", self.discriminator
+
+    def export(self, folder: Path) -> None:
+        """Write the policy in Hugging Face format, and the discriminator beside it, in `<folder>-discriminator`."""
+        save_policy(self.policy, self.processor, folder, self.export_dtype)
+        self.discriminator.save(folder.with_name(f"{folder.name}-discriminator"), self.export_dtype)
+
+    def _start_engine(self) -> None:
+        self.rollout.start(self.policy, self.processor, rank=self.global_rank)
+        if self._engine_state is not None:
+            self.rollout.load_state_dict(self._engine_state)
+
+    def _output(
+        self,
+        batch: PromptBatch,
+        rollouts: Sequence[Rollout],
+        scores: Scores,
+        demonstration_scores: Scores,
+        rewards_PG: Tensor | None = None,
+    ) -> StepOutput:
+        shape = (len(batch), -1)
+        output = StepOutput(
+            examples=batch.examples,
+            num_rollouts=len(rollouts) // len(batch),
+            rollouts=[r.text for r in rollouts],
+            demonstrations=[str(example.response) for example in batch.examples],
+            valid=scores.valid_B.view(shape),
+            scores={e: s.detach().view(shape) for e, s in scores.by_expert.items()},
+            demonstration_scores={e: s.detach().view(shape)[:, 0] for e, s in demonstration_scores.by_expert.items()},
+        )
+        if rewards_PG is not None:
+            output["rewards"] = rewards_PG
+        return output
+
+    def _log_step(
+        self,
+        policy_loss: tuple[Tensor, Metrics],
+        rollouts: Sequence[Rollout],
+        scores: Scores,
+        sequences: SequenceBatch,
+    ) -> None:
+        loss, told = policy_loss
+        lengths = [len(r.response_ids) for r in rollouts]
+        logged = {
+            "align/policy_loss": loss,
+            "align/entropy": told["entropy"],
+            "align/malformed": 1 - scores.valid_B.float().mean(),
+            "align/response_length": sum(lengths) / len(lengths),
+            "align/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+            "align/lr": self.optimizers()[0].param_groups[0]["lr"],  # type: ignore[index]
+        }
+        logged |= {f"align/{name}": value for name, value in scores.diagnostics.items()}
+        if "kl" in told:
+            logged["align/kl"] = told["kl"]
+        self.log_dict(logged, batch_size=1, sync_dist=True)
+        self.log("align/tokens", float(sequences.num_tokens), batch_size=1, reduce_fx="sum")
+        self.log_dict(self.timer.pop(), batch_size=1)
