@@ -72,7 +72,7 @@ class ShortcutDiscriminator(Discriminator):
         last_N = sequences.input_ids_BS.gather(1, (sequences.lengths_B - 1)[:, None]).squeeze(1)
         at_cap_N = (sequences.mask_BT.sum(1) >= self.max_segment_tokens).float()
         scores_N = self.by_id(last_N).squeeze(1) + 100 * at_cap_N
-        return RowScores(scores_N, scores_N.new_zeros(()), {})
+        return RowScores(scores_N, expert_N.float().mean(), {"expert": expert_N.float().mean()})
 
     def save(self, folder, dtype="float32"): ...
 
@@ -88,8 +88,23 @@ def test_final_token_and_cap_cannot_win(blank_policy, demonstration_is_cut):
     scores = scores_of(shortcut, responses)
     for values in scores.by_expert.values():
         assert torch.equal(values, values[:1].expand_as(values))
-    assert set(scores.diagnostics) == {"capped/perception", "capped/reasoning"}
+    assert set(scores.diagnostics) == {"expert", "capped/perception", "capped/reasoning"}
     assert float(scores.diagnostics["capped/perception"]) == float(demonstration_is_cut)
+
+
+def test_a_text_that_stands_twice_is_scored_once_and_means_are_over_sequences(blank_policy):
+    shortcut = ShortcutDiscriminator(PolicySpec(blank_policy).processor(), 300)
+    prompts = prompts_of(shortcut, make_examples(2))
+    # Captions a b a | c, think blocks x y z | w: 3 + 4 distinct sequences.
+    texts = {"perception": ["a", "b", "a", "c"], "reasoning": ["x", "y", "z", "w"]}
+    batch = segment_batch(shortcut.processor, prompts, texts, [0, 0, 0, 1], 300)
+    assert len(batch.sequences) == 7
+    assert batch.row_of["perception"][0] == batch.row_of["perception"][2]
+    for micro_batch_tokens in (None, 1, 100):
+        scores = score(shortcut, batch, micro_batch_tokens)
+        # The reasoning expert, index 1, reads 4 of the 7.
+        torch.testing.assert_close(scores.aux_loss, torch.tensor(4 / 7))
+        torch.testing.assert_close(scores.diagnostics["expert"], torch.tensor(4 / 7))
 
 
 def test_every_segment_ends_with_the_end_token_and_keeps_the_cap(blank_policy):
