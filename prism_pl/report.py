@@ -163,6 +163,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     """Show an evaluation on the screen: a table a split, a row a family. The file has the other intervals."""
     from rich.console import Console
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
@@ -170,11 +171,13 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for split, families in evaluation.tables.items():
         columns = {c: spec for c, spec in COLUMNS.items() if spec[0] in families[ALL_FAMILIES]}
         title = f"{evaluation.name}: {split} (shares in percent; accuracy with its 95% interval over prompts)"
-        shown = RichTable(title=title)
+        shown = RichTable(title=Text(title))
         shown.add_column("family", no_wrap=True)
         for column in ("prompts", *columns):
             shown.add_column(column, justify="right", no_wrap=column == "accuracy")
         for family, table in families.items():
+            prompts = str(table["accuracy"]["prompts"])
             cells = [_cell(table, c, *spec, with_interval=c == "accuracy") for c, spec in columns.items()]
-            shown.add_row(family, str(table["accuracy"]["prompts"]), *cells, end_section=family == ALL_FAMILIES)
+            # As Text: Rich would read [nan, nan] as markup.
+            shown.add_row(*map(Text, (family, prompts, *cells)), end_section=family == ALL_FAMILIES)
         console.print(shown)

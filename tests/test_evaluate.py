@@ -106,7 +106,7 @@ def means(table):
     return {metric: entry["mean"] for metric, entry in table.items()}
 
 
-def test_tables_by_hand(random_policy, tmp_path):
+def test_tables_by_hand(random_policy, tmp_path, capsys):
     module = evaluate(tmp_path, random_policy, [RIGHT, WRONG])
     assert module.tables.keys() == {"test", "hard"}
     assert module.tables["test"].keys() == {"all", "count", "sum"}
@@ -143,6 +143,9 @@ def test_tables_by_hand(random_policy, tmp_path):
     entry = module.tables["test"]["all"]["descriptive_items/policy"]
     assert (entry["prompts"], entry["responses"]) == (3, 6)
     assert module.tables["hard"]["all"]["accuracy"]["prompts"] == 1
+    shown = capsys.readouterr().out
+    assert "50.0 [50.0, 50.0]" in shown  # three prompts
+    assert "50.0 [nan, nan]" in shown  # a single one
 
 
 def test_malformed_responses_count_for_nothing_but_format_and_lenient_accuracy(random_policy, tmp_path):
