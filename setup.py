@@ -10,14 +10,14 @@ SHIPPED = ("configs", "assets")
 
 
 class BuildWithShippedData(build_py):
-    """A plain install copies configs/ and assets/ into prism_pl/shipped/; an editable one reads the checkout's."""
+    """A plain install copies configs/ and assets/ into prism_pl/shipped_data/; an editable one reads the checkout."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
         for name in SHIPPED:
-            source, target = Path(__file__).parent / name, Path(self.build_lib) / "prism_pl" / "shipped" / name
+            source, target = Path(__file__).parent / name, Path(self.build_lib) / "prism_pl" / "shipped_data" / name
             if source.is_dir():
                 shutil.copytree(source, target, dirs_exist_ok=True)
 

@@ -66,7 +66,7 @@ def _arguments(class_path: str) -> list[str]:
         return []
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(getattr(sys.modules[module], name), fail_untyped=False)
-    return [action.dest for action in parser._actions if action.dest != "help"]
+    return nested_keys(parser)
 
 
 def _unknown_key(match: re.Match[str], message: str, keys: list[str]) -> str:
@@ -187,4 +187,4 @@ def _raised_in(error: BaseException) -> str:
 
 def nested_keys(parser: Any) -> list[str]:
     """The dotted keys of one command's parser."""
-    return [action.dest for action in parser._actions if action.dest != "help"]
+    return [a.dest for a in parser._actions if a.dest.rpartition(".")[2] != "help"]

@@ -23,7 +23,7 @@ NO_PATH_KEYS = frozenset({"class_path"})
 def shipped_root() -> Path:
     """The folder that holds `configs/` and `assets/`: in a plain install inside prism_pl, otherwise the checkout."""
     package = Path(__file__).resolve().parent
-    installed = package / "shipped"
+    installed = package / "shipped_data"
     return installed if installed.is_dir() else package.parent
 
 
