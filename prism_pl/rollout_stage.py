@@ -39,7 +39,12 @@ def trained_mask(policy_loss: PolicyLoss, sequences: SequenceBatch, rollouts: Se
 
 def check_overlong(max_tokens: int, buffer: int, penalty: float) -> None:
     """ValueError for a buffer or penalty out of range, before anything is loaded; a warning for a penalty of 0."""
-    overlong(0, max_tokens, buffer, penalty)
+    if not 1 <= buffer <= max_tokens:
+        raise ValueError(
+            f"overlong_buffer is {buffer}: it is the last stretch of sampling.max_tokens, give 1 to {max_tokens}"
+        )
+    if not 0 <= penalty < float("inf"):
+        raise ValueError(f"overlong_penalty is {penalty}: it is subtracted, give 0 or a positive number")
     if penalty == 0:
         rank_zero_warn(f"overlong_penalty is 0, so overlong_buffer={buffer} cannot act.")
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from datamodules.loading import train_loader
 from prism_pl.batch import Example
 from prism_pl.chat import render
 from prism_pl.logprobs import token_logps
@@ -68,13 +69,19 @@ class ScriptedEngine:
 
 
 class Rows(L.LightningDataModule):
-    """The given rows in their order, training and held out."""
+    """The given rows, training (in their order, or shuffled by a loader that goes on after a resume) and held out."""
 
-    def __init__(self, train: list[Example], held_out: list[Example] | None = None, batch_size: int = 2) -> None:
+    def __init__(
+        self, train: list[Example], held_out: list[Example] | None = None, batch_size: int = 2, resumable: bool = False
+    ):
         super().__init__()
+        self.resumable = resumable
         self.train, self.held_out, self.batch_size = train, held_out or train[:2], batch_size
 
     def train_dataloader(self):
+        if self.resumable:
+            collator = self.trainer.lightning_module.collator
+            return train_loader(self.train, self.trainer, collator, batch_size=self.batch_size, seed=0)
         return DataLoader(self.train, batch_size=self.batch_size, collate_fn=self.trainer.lightning_module.collator)
 
     def val_dataloader(self):
@@ -109,6 +116,28 @@ def fit(module: Any, rows: Rows, folder: Path, callbacks: Sequence[Callback] = (
     )
     trainer.fit(module, rows, ckpt_path=ckpt, weights_only=True)
     return trainer, record
+
+
+class SaveAfter(Callback):
+    """Saves a checkpoint after a batch, as the shipped LastCheckpoint does."""
+
+    def __init__(self, batch: int, file: Path) -> None:
+        self.batch, self.file = batch, file
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            trainer.save_checkpoint(self.file)
+
+
+class Gradients(Callback):
+    """The gradients that each step through Lightning's optimiser was about to take."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        named = pl_module.policy.named_parameters()
+        self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
 def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
