@@ -38,8 +38,8 @@ def groups_worth_training(groups: Sequence[Group], parts: Mapping[str, Tensor]) 
     """
     if "accuracy" not in parts:
         raise ValueError(
-            f"dynamic_sampling judges groups by the reward's part 'accuracy', and this reward has {sorted(parts)}: give "
-            "it that part, or set dynamic_sampling: false"
+            f"dynamic_sampling judges groups by the reward's part 'accuracy', and this reward has {sorted(parts)}: "
+            "give it that part, or set dynamic_sampling: false"
         )
     keep_P = groups_with_variance(parts["accuracy"].view(len(groups), -1))
     return [group for group, keep in zip(groups, keep_P.tolist(), strict=True) if keep]

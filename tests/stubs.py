@@ -111,7 +111,7 @@ def fit(module: Any, rows: Rows, folder: Path, callbacks: Sequence[Callback] = (
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        callbacks=[record, *callbacks],
+        callbacks=[*callbacks, record],
         **settings,
     )
     trainer.fit(module, rows, ckpt_path=ckpt, weights_only=True)

@@ -293,7 +293,8 @@ def test_the_tags_stand_in_the_event_files(random_policy, tmp_path):
         "reward accuracy format overlong entropy clip_fraction zero_std_groups response_length truncated policy_loss "
         "ratio_mean ratio_min ratio_max grad_norm refills shortfall skipped reward_timeouts tokens lr"
     )
-    tags = [f"rlvr/{name}" for name in rlvr.split()] + [f"time/{name}" for name in "rollout reward policy sync".split()]
+    tags = [f"rlvr/{name}" for name in rlvr.split()]
+    tags += [f"time/{phase}" for phase in ("rollout", "reward", "policy", "sync")]
     tags += [f"proxies/{p}/{w}" for p in ("descriptive_items", "reasoning_steps") for w in ("policy", "distance")]
     for tag in tags:
         assert len(found[tag]) == 2, tag
