@@ -1,6 +1,7 @@
 """An engine that gives scripted responses, and what a test needs to run a few steps of a rollout stage."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from datamodules.loading import train_loader
+from modules.rlvr import RLVRModule
 from prism_pl.batch import Example
 from prism_pl.chat import render
 from prism_pl.logprobs import token_logps
+from prism_pl.policy import PolicySpec
+from prism_pl.policy_loss import GRPO
 from prism_pl.processor import Processor
 from prism_pl.rollout.engine import Rollout, Sampling
 
@@ -158,3 +162,15 @@ def scalars(folder: Path) -> dict[str, list[float]]:
         for tag in events.Tags()["scalars"]:
             found.setdefault(tag, []).extend(event.value for event in events.Scalars(tag))
     return found
+
+
+def make_rlvr(path: str, texts: list[str], *, lr: float = 0.1, max_tokens: int = 60, **options: Any) -> RLVRModule:
+    """An RLVR module with scripted responses, plain SGD and groups of two."""
+    settings: dict[str, Any] = {
+        "optimizer": partial(torch.optim.SGD, lr=lr),
+        "num_rollouts": 2,
+        "policy_loss": GRPO(),
+        "max_grad_norm": None,
+    }
+    sampling = Sampling(max_tokens=max_tokens)
+    return RLVRModule(PolicySpec(path), ScriptedEngine(texts), sampling=sampling, **(settings | options))
