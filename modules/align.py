@@ -27,9 +27,17 @@ from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.policy_loss import PolicyLoss, ReleasedGRPO
 from prism_pl.prompts import PromptBatch, PromptCollator, demonstration
-from prism_pl.rewards import AccuracyFormatReward
 from prism_pl.rollout.batch import rollout_batch
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_training_sampling
+from prism_pl.rollout_stage import (
+    check_counts,
+    held_out_parts,
+    held_out_rollouts,
+    length_summary,
+    step_policy,
+    trained_mask,
+    warn_inert_kl,
+)
 from prism_pl.strategy import share, training_only
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
@@ -92,13 +100,8 @@ class AdversarialAlignModule(LightningModule):
         self.save_hyperparameters()
         self.automatic_optimization = False
         check_training_sampling(sampling)
-        for name, value in {
-            "num_rollouts": num_rollouts,
-            "discriminator_every": discriminator_every,
-            "discriminator_steps": discriminator_steps,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}: give at least 1")
+        steps = {"discriminator_every": discriminator_every, "discriminator_steps": discriminator_steps}
+        check_counts({"num_rollouts": num_rollouts, **steps})
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha is {alpha}: the weight of the perception expert, give 0 to 1")
         self.spec, self.freeze_patterns = policy, freeze
@@ -107,6 +110,7 @@ class AdversarialAlignModule(LightningModule):
         self.policy_optimizer, self.discriminator_optimizer = policy_optimizer, discriminator_optimizer
         self.advantage, self.alpha, self.malformed_penalty = advantage, alpha, malformed_penalty
         self.policy_loss = policy_loss or ReleasedGRPO()
+        warn_inert_kl(kl)
         self.kl = kl or KLPenalty()
         self.discriminator_every, self.discriminator_steps = discriminator_every, discriminator_steps
         self.score_l2, self.score_clip, self.label_smoothing = score_l2, score_clip, label_smoothing
@@ -202,10 +206,7 @@ class AdversarialAlignModule(LightningModule):
     def _policy_backward(
         self, sequences: SequenceBatch, advantages_B: Tensor, rollouts: Sequence[Rollout]
     ) -> tuple[Tensor, Metrics]:
-        mask_BT = sequences.mask_BT
-        if self.policy_loss.mask_truncated:
-            whole_B = torch.tensor([r.finish_reason == "stop" for r in rollouts], device=mask_BT.device)
-            mask_BT = mask_BT & whole_B[:, None]
+        mask_BT = trained_mask(self.policy_loss, sequences, rollouts)
         check_finite(advantages_B, "an advantage", sequences.ids)
         reference = self.numerics.all_logps(self.reference, sequences) if self.kl.in_loss else None
         with training_only(self, "policy"):
@@ -253,26 +254,17 @@ class AdversarialAlignModule(LightningModule):
         return torch.stack(losses).sum()
 
     def _policy_step(self, batch: PromptBatch) -> None:
-        norm = clip_gradients(self.policy.parameters(), self.max_grad_norm)
-        check_finite(norm, "the policy's gradient norm", batch.ids)
         optimizer: Any = self.optimizers()[0]  # type: ignore[index]
-        optimizer.step()
-        optimizer.zero_grad()
-        for scheduler in self.lr_schedulers():  # type: ignore[union-attr]
-            scheduler.step()  # type: ignore[call-arg]
+        schedulers: Any = self.lr_schedulers()
+        norm = step_policy(self.policy.parameters(), optimizer, schedulers, self.max_grad_norm, batch.ids)
         self.log("align/grad_norm/policy", norm, batch_size=1)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
-        """One rollout a held-out prompt, with a seed of its own: curves compare, training draws go on undisturbed."""
-        sampling = Sampling(self.sampling.temperature, self.sampling.max_tokens, seed=batch_idx)
-        rollouts = self.rollout.generate(batch.examples, 1, sampling)
+        rollouts = held_out_rollouts(self.rollout, batch.examples, self.sampling, seed=batch_idx)
         scores, demonstration_scores = self._scores(batch, rollouts, training=False)
-        if all(example.answers for example in batch.examples):
-            told = AccuracyFormatReward()([r.text for r in rollouts], batch.examples).parts
-            self.log(
-                "align/val_accuracy", told["accuracy"].mean(), batch_size=len(batch), prog_bar=True, sync_dist=True
-            )
-            self.log("align/val_format", told["format"].mean(), batch_size=len(batch), sync_dist=True)
+        for name, value in held_out_parts(rollouts, batch.examples).items():
+            shown = name == "accuracy"
+            self.log(f"align/val_{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
         return self._output(batch, rollouts, scores, demonstration_scores)
 
     def configure_optimizers(self) -> Any:
@@ -344,16 +336,13 @@ class AdversarialAlignModule(LightningModule):
         sequences: SequenceBatch,
     ) -> None:
         loss, told = policy_loss
-        lengths = [len(r.response_ids) for r in rollouts]
         logged = {
             "align/policy_loss": loss,
             "align/entropy": told["entropy"],
             "align/malformed": 1 - scores.valid_B.float().mean(),
-            "align/response_length": sum(lengths) / len(lengths),
-            "align/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
             "align/lr": self.optimizers()[0].param_groups[0]["lr"],  # type: ignore[index]
         }
-        logged |= {f"align/{name}": value for name, value in scores.diagnostics.items()}
+        logged |= {f"align/{name}": value for name, value in (length_summary(rollouts) | scores.diagnostics).items()}
         if "kl" in told:
             logged["align/kl"] = told["kl"]
         self.log_dict(logged, batch_size=1, sync_dist=True)

@@ -39,6 +39,14 @@ def global_sum(values: Tensor) -> Tensor:
     return total
 
 
+def global_min(value: Tensor) -> Tensor:
+    """The smallest value of a tensor over all ranks, without gradient."""
+    smallest = value.detach().clone()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
+    return smallest
+
+
 def share(count: Tensor) -> Tensor:
     """What a rank divides its loss sum by, so that gradients averaged over ranks are those of the global mean: the
     global count divided by the number of ranks, at least 1 / ranks so that an empty batch gives zero and not NaN."""

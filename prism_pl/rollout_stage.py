@@ -1,0 +1,106 @@
+"""What the two stages that train on rollouts, alignment and RLVR, do alike."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from prism_pl.batch import Example, SequenceBatch
+from prism_pl.optim import check_finite, clip_gradients
+from prism_pl.policy_loss import PolicyLoss
+from prism_pl.rewards import AccuracyFormatReward, RewardOutput, overlong
+from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling
+from prism_pl.updates import KLPenalty
+
+
+def check_counts(counts: Mapping[str, int]) -> None:
+    """ValueError for an option below 1, naming it."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}: give at least 1")
+
+
+def warn_inert_kl(kl: KLPenalty | None) -> None:
+    """Say once, at the start, that a configured KL penalty has no weight."""
+    if kl is not None and kl.coefficient == 0:
+        rank_zero_warn(f"kl.coefficient is 0, so kl.place={kl.place!r} and kl.kind={kl.kind!r} cannot act.")
+
+
+def trained_mask(policy_loss: PolicyLoss, sequences: SequenceBatch, rollouts: Sequence[Rollout]) -> Tensor:
+    """Response tokens that are trained, (B, T): all, or with `mask_truncated` those of finished responses."""
+    if not policy_loss.mask_truncated:
+        return sequences.mask_BT
+    finished = [rollout.finish_reason == "stop" for rollout in rollouts]
+    return sequences.mask_BT & torch.tensor(finished, device=sequences.mask_BT.device)[:, None]
+
+
+def check_overlong(max_tokens: int, buffer: int, penalty: float) -> None:
+    """ValueError for a buffer or penalty out of range, before anything is loaded; a warning for a penalty of 0."""
+    if not 1 <= buffer <= max_tokens:
+        raise ValueError(
+            f"overlong_buffer is {buffer}: it is the last stretch of sampling.max_tokens, give 1 to {max_tokens}"
+        )
+    if not 0 <= penalty < float("inf"):
+        raise ValueError(f"overlong_penalty is {penalty}: it is subtracted, give 0 or a positive number")
+    if penalty == 0:
+        rank_zero_warn(f"overlong_penalty is 0, so overlong_buffer={buffer} cannot act.")
+
+
+def with_overlong(
+    told: RewardOutput, rollouts: Sequence[Rollout], max_tokens: int, buffer: int, penalty: float
+) -> RewardOutput:
+    """DAPO's length punishment added to the rewards; it is also the part `overlong`, 0 or negative."""
+    overlong_B = torch.tensor([overlong(len(r.response_ids), max_tokens, buffer, penalty) for r in rollouts])
+    return RewardOutput(told.rewards_B + overlong_B, told.parts | {"overlong": overlong_B})
+
+
+def total_steps(trainer: Trainer, steps_per_batch: int) -> float:
+    """Optimiser steps of a whole run whose every batch takes `steps_per_batch`, as far as the trainer's limits tell."""
+    steps = trainer.estimated_stepping_batches  # takes a batch for a step; it also loads the data, which counts them
+    if trainer.max_epochs in (None, -1):
+        return steps
+    by_epochs = trainer.num_training_batches * int(trainer.max_epochs or 0) * steps_per_batch
+    return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
+
+
+def step_policy(
+    parameters: Iterable[nn.Parameter],
+    optimizer: Any,
+    schedulers: Sequence[Any],
+    max_norm: float | None,
+    ids: Sequence[str],
+) -> Tensor:
+    """Clip, check, step, and move the learning rates on. Returns the gradient norm from before clipping; a non-finite
+    one is a ValueError that names the rows, with nothing stepped."""
+    norm = clip_gradients(parameters, max_norm)
+    check_finite(norm, "the policy's gradient norm", ids)
+    optimizer.step()
+    optimizer.zero_grad()
+    for scheduler in schedulers:
+        scheduler.step()
+    return norm
+
+
+def held_out_rollouts(
+    engine: RolloutEngine, examples: Sequence[Example], sampling: Sampling, seed: int
+) -> list[Rollout]:
+    """One rollout a held-out prompt, with a seed of its own: curves compare, training draws go on undisturbed."""
+    return engine.generate(examples, 1, Sampling(sampling.temperature, sampling.max_tokens, seed=seed))
+
+
+def held_out_parts(rollouts: Sequence[Rollout], examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Mean strict `accuracy` and `format` of one rollout an example; empty where a row has no answer."""
+    if not all(example.answers for example in examples):
+        return {}
+    told = AccuracyFormatReward()([rollout.text for rollout in rollouts], list(examples)).parts
+    return {name: values_B.mean() for name, values_B in told.items()}
+
+
+def length_summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`response_length`, the mean in tokens, and `truncated`, the share cut at `max_tokens`."""
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    cut = [rollout.finish_reason == "length" for rollout in rollouts]
+    return {"response_length": sum(lengths) / len(lengths), "truncated": sum(cut) / len(cut)}
