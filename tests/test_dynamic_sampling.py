@@ -92,4 +92,5 @@ def test_a_resumed_run_is_the_uninterrupted_one(random_policy, tmp_path, saved_a
     resumed = make(random_policy, texts, **options)
     again, _ = fit(resumed, Rows(rows, resumable=True), tmp_path, ckpt=file, max_steps=6)
     assert again.global_step == trainer.global_step
+    assert resumed.shuffle_seed == whole.shuffle_seed == 3
     assert equal(weights(resumed.policy), weights(whole.policy))
