@@ -1,0 +1,5 @@
+"""Sources of examples: one LightningDataModule a source."""
+
+from datamodules.digits import DigitsDataModule
+
+__all__ = ["DigitsDataModule"]

@@ -1,0 +1,9 @@
+"""The systems: one LightningModule a stage."""
+
+from modules.align import AdversarialAlignModule
+from modules.evaluate import EvaluateModule
+from modules.rlvr import RLVRModule
+from modules.sft import SFTModule
+from modules.warmup import DiscriminatorModule
+
+__all__ = ["AdversarialAlignModule", "DiscriminatorModule", "EvaluateModule", "RLVRModule", "SFTModule"]
