@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import lightning as L
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from datamodules.digits_checks import caption_items, check_steps, faithfulness, scene_items
+from datamodules.digits_checks import DigitsSceneChecker, caption_items, check_steps, faithfulness, scene_items
 from datamodules.digits_questions import FAMILIES
 from datamodules.digits_rows import SYSTEM_PROMPT, DigitsDataset, Recipe, corpus, make_example
 from datamodules.loading import train_loader
@@ -45,7 +45,7 @@ class DigitsDataModule(L.LightningDataModule):
         batch_size: rows a batch and process.
         seed: of the rows and of the training order, which depends on nothing else but the epoch.
         system_prompt: the same at every stage and in evaluation; None is `prism_pl.chat.SYSTEM_PROMPT`.
-        max_digits, hard_digits, curated, imprecise, skipped, captions, families: see `digits_rows.Recipe`.
+        max_digits, hard_digits, curated, imprecise, skipped, captions, facts, families: see `digits_rows.Recipe`.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class DigitsDataModule(L.LightningDataModule):
         imprecise: float = 0.3,
         skipped: float = 0.3,
         captions: float = 0.4,
+        facts: float = 0.0,
         families: Sequence[str] = FAMILIES,
         num_workers: int = 0,
     ) -> None:
@@ -79,9 +80,11 @@ class DigitsDataModule(L.LightningDataModule):
             imprecise=imprecise,
             skipped=skipped,
             captions=captions,
+            facts=facts,
             system_prompt=system_prompt,
             families=tuple(families),
         )
+        self.scene_checker = DigitsSceneChecker()
         self.seed = seed
         self.batch_size = batch_size
         self.num_workers = num_workers

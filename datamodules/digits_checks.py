@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.digits_scene import COLOURS, PLACES, ROWS, Item
+from prism_pl.batch import Example
 
 _COLOUR = "|".join(COLOURS)
 _PLACE = "|".join(sorted(PLACES, key=len, reverse=True))
@@ -198,3 +199,15 @@ class _Claims:
         if match := re.fullmatch(r"larger than (\d+)", label):
             return [item for item in self.scene if item["digit"] > int(match[1])]
         return None
+
+
+class DigitsSceneChecker:
+    """Checks responses to digits rows for the evaluation (`prism_pl.metrics.scene.SceneChecker`)."""
+
+    def check_caption(self, caption: str, example: Example) -> Faithfulness:
+        """The caption's items against the example's scene."""
+        return faithfulness(caption, example.meta["scene"])
+
+    def check_steps(self, reasoning: str, example: Example) -> StepCheck:
+        """The reasoning's steps against the example's scene and question."""
+        return check_steps(reasoning, example.meta["scene"], example.meta)

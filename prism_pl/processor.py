@@ -132,8 +132,9 @@ class Processor:
         return ids, torch.cat(parts, dim=1), position + len(raw_ids) - start
 
     def response_ids(self, text: str) -> list[int]:
-        """Token ids of a response with the end-of-turn token."""
-        return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.eos_id]
+        """Token ids of a response with the end-of-turn token. Special tokens spelled out in the text stay text."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return [*ids, self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, without special tokens."""
