@@ -72,8 +72,8 @@ def test_the_python_example_trains(swap):
         '"assets/sft"': repr(str(ROOT / "assets" / "sft")),
         "max_steps=80": "max_steps=1, accelerator='cpu', enable_progress_bar=False, logger=False",
         "num_train=1280": "num_train=2, num_validation=2",
-        "batch_size=16": "batch_size=2",
-        "num_rollouts=8": "num_rollouts=2",
+        "batch_size=8)": "batch_size=2)",
+        "reward=BriefReward()": "reward=BriefReward(), num_rollouts=2",
         "max_tokens=112": "max_tokens=16",
     }
     for whole, small in smaller.items():
