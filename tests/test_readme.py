@@ -1,0 +1,115 @@
+"""The README tells the truth: its examples run, its commands parse, and what it names exists."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prism_pl.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SMALL = {
+    "trainer": {"max_steps": 1, "val_check_interval": 1, "accelerator": "cpu"},
+    "data": {"num_train": 2, "num_validation": 2, "batch_size": 2},
+    "model": {"num_rollouts": 2, "sampling.max_tokens": 16},
+}
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Every `python -m prism_pl` line of the shell blocks, as one line each."""
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line.startswith("python -m prism_pl")]
+
+
+@pytest.fixture
+def swap(tmp_path, monkeypatch):
+    """A current folder with the README's class and its YAML, importable as `python -m` makes it."""
+    (tmp_path / "my_reward.py").write_text(blocks("python")[0])
+    (tmp_path / "brief.yaml").write_text(blocks("yaml")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("my_reward", None)
+
+
+def test_the_swapped_reward_trains_and_is_logged(swap):
+    small = [f"--{group}.{key}={value}" for group, keys in SMALL.items() for key, value in keys.items()]
+    assert main(["fit", "--config", "rlvr.yaml", "--config", "brief.yaml", *small]) == 0
+    run = swap / "runs" / "rlvr+brief"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["reward"]["class_path"] == "my_reward.BriefReward"
+    assert (run / "export" / "model.safetensors").exists()
+    assert "rlvr/brief" in tags(run)
+
+
+def tags(run: Path) -> list[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return events.Tags()["scalars"]
+
+
+def test_the_class_has_six_lines_and_the_yaml_four():
+    python, text = blocks("python")[0], blocks("yaml")[0]
+    assert len(python[python.index("class ") :].splitlines()) == 6
+    assert len(text.splitlines()) == 4
+
+
+def test_the_python_example_trains(swap):
+    example = blocks("python")[1]
+    assert len(example[example.index("seed_everything(1)") :].splitlines()) == 10
+    smaller = {
+        '"assets/sft"': repr(str(ROOT / "assets" / "sft")),
+        "max_steps=80": "max_steps=1, accelerator='cpu', enable_progress_bar=False, logger=False",
+        "num_train=1280": "num_train=2, num_validation=2",
+        "batch_size=8)": "batch_size=2)",
+        "reward=BriefReward()": "reward=BriefReward(), num_rollouts=2",
+        "max_tokens=112": "max_tokens=16",
+    }
+    for whole, small in smaller.items():
+        assert whole in example, f"the README's example no longer says {whole}"
+        example = example.replace(whole, small)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert type(names["module"].reward).__name__ == "BriefReward"
+    assert (swap / "runs" / "brief" / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_parses(command, swap, capsys):
+    assert main([*shlex.split(command)[3:], "--print_config"]) == 0, capsys.readouterr().err
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"(?:src|srcset)=\"([^\"]+)\"", README)
+    assert len(links) >= 4
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_tree_names_what_exists():
+    tree = blocks("text")[0]
+    missing, folder = [], ""
+    for line in tree.splitlines():
+        names = re.split(r"\s{2,}", line.strip())[0]
+        if not line.startswith(" "):
+            folder = names
+        for name in [] if names == folder else names.split(", "):
+            missing += [] if list((ROOT / folder).glob(name)) else [folder + name]
+        missing += [] if (ROOT / folder).is_dir() else [folder]
+    assert missing == []
+
+
+def test_the_tree_names_every_package():
+    tree = blocks("text")[0]
+    tracked = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"configs", "assets", "scripts"}
+    assert {name for name in tracked if f"{name}/" not in tree} == set()
