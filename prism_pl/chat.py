@@ -85,14 +85,15 @@ def _malformed_reason(text: str) -> str:
 
 def segments(parsed: Parsed) -> dict[str, str]:
     """The text each expert reads, tags included and white space normalised, so that neither the sampled tokenisation
-    nor the line breaks can tell a rollout from a demonstration. Malformed responses have no segments: ValueError."""
+    nor the white space between blocks can tell a rollout from a demonstration. Malformed responses have no segments:
+    ValueError."""
     if not parsed.valid:
         raise ValueError(f"a malformed response has no segments: {parsed.reason}")
     blocks = (
         f"<{n}> {p} </{n}>" for n, p in zip(BLOCKS, (parsed.caption, parsed.reasoning, parsed.answer), strict=True)
     )
     caption, think, answer = (normalise(block) for block in blocks)
-    return {"perception": caption, "reasoning": f"{think} {answer}"}
+    return {"perception": caption, "reasoning": f"{think}\n{answer}"}
 
 
 def normalise(text: str) -> str:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prism_pl.batch import SequenceBatch, micro_batches
 from prism_pl.chat import EXPERTS, Parsed, parse, segments
+from prism_pl.logprobs import response_logps
 from prism_pl.policy import (
     batch_vision_attention,
     check_policy_path,
@@ -180,6 +181,10 @@ class TwoHeadDiscriminator(Discriminator):
         init_heads: draw the heads anew, on the backbone of the policy at `path`. Only the warm start wants this.
         dropout: before each head.
         max_segment_tokens: see `Discriminator`; None takes the warm start's, or 4096 with `init_heads`.
+        likelihood_weight: each score gets this times the segment's mean token log-likelihood under the backbone. A head
+            at the last token learns style in a few steps, and is far slower to notice one false word among forty; the
+            likelihood notices it at once, and Bradley-Terry trains it as SPIN does (arXiv 2401.01335). Needs tied
+            embeddings. None takes the warm start's, or 0 (the papers' discriminator) with `init_heads`.
         freeze: name patterns of parameters that stay as they are, e.g. `model.visual.*`.
         attn_implementation, gradient_checkpointing, max_pixels: as in `PolicySpec`.
 
@@ -192,6 +197,7 @@ class TwoHeadDiscriminator(Discriminator):
         init_heads: bool = False,
         dropout: float = 0.1,
         max_segment_tokens: int | None = None,
+        likelihood_weight: float | None = None,
         freeze: Sequence[str] = (),
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
@@ -204,8 +210,14 @@ class TwoHeadDiscriminator(Discriminator):
         settings = _settings(path, init_heads)
         self.experts = EXPERTS
         self.max_segment_tokens = max_segment_tokens or settings.get("max_segment_tokens", 4096)
+        given = settings.get("likelihood_weight", 0.0) if likelihood_weight is None else likelihood_weight
+        self.likelihood_weight: float = given
         self.processor = Processor.from_path(path, max_pixels)
         self.model: Any = load_safetensors(Qwen3VLModel, path, attn_implementation)
+        if self.likelihood_weight and not self.model.config.tie_word_embeddings:
+            raise ValueError(
+                f"likelihood_weight is {self.likelihood_weight}, and {path!r} has no tied embeddings: set 0"
+            )
         batch_vision_attention(self)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -231,7 +243,19 @@ class TwoHeadDiscriminator(Discriminator):
         with torch.autocast(last_NH.device.type, enabled=False):
             by_head = [self.heads[expert](self.dropout(last_NH.float())) for expert in self.experts]
         scores_N = torch.cat(by_head, dim=1).gather(1, expert_N[:, None]).squeeze(1)
-        return RowScores(scores_N, scores_N.new_zeros(()), {})
+        diagnostics = {}
+        if self.likelihood_weight:
+            likelihood_N = self._mean_logps(hidden_NSH, sequences)
+            scores_N = scores_N + self.likelihood_weight * likelihood_N
+            diagnostics["segment_logp"] = likelihood_N.detach().mean()
+        return RowScores(scores_N, scores_N.new_zeros(()), diagnostics)
+
+    def _mean_logps(self, hidden_NSH: Tensor, sequences: SequenceBatch) -> Tensor:
+        """Mean log-likelihood (nats a token) of each segment, so that length alone is worth nothing."""
+        embeddings = self.model.get_input_embeddings()
+        mask_NT = sequences.mask_BT
+        stats = response_logps(hidden_NSH, sequences, lambda hidden: nn.functional.linear(hidden, embeddings.weight))
+        return stats.logps_BT.sum(-1) / mask_NT.sum(-1)
 
     def save(self, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
         """Write backbone and heads (safetensors), settings, tokenizer and processor; a kill leaves no half folder."""
@@ -245,7 +269,8 @@ class TwoHeadDiscriminator(Discriminator):
         # Heads are a few numbers: they keep float32.
         heads = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.heads.state_dict().items()}
         save_file(heads, temporary / HEADS)
-        settings = {"experts": list(self.experts), "max_segment_tokens": self.max_segment_tokens}
+        settings: dict[str, Any] = {"experts": list(self.experts), "max_segment_tokens": self.max_segment_tokens}
+        settings["likelihood_weight"] = self.likelihood_weight
         (temporary / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
         save_processor(self.processor, temporary)
         put_in_place(temporary, folder)

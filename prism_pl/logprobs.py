@@ -4,11 +4,11 @@ A response of 8k tokens over a vocabulary of 151,936 entries is 5 GB of fp32 log
 `chunk_tokens` tokens at a time, in the forward pass and (recomputed) in the backward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prism_pl.batch import SequenceBatch
@@ -37,13 +37,32 @@ def token_logps(
         policy: a causal language model with a Qwen3-VL backbone `.model` and a head `.lm_head`.
         chunk_tokens: response tokens whose logits exist at once.
     """
-    hidden_BSH = hidden_states(policy.model, batch)
+    return response_logps(
+        hidden_states(policy.model, batch),
+        batch,
+        policy.lm_head,
+        temperature=temperature,
+        banned_ids=banned_ids,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def response_logps(
+    hidden_BSH: Tensor,
+    batch: SequenceBatch,
+    lm_head: Callable[[Tensor], Tensor],
+    *,
+    temperature: float = 1.0,
+    banned_ids: Sequence[int] = (),
+    chunk_tokens: int = 2048,
+) -> TokenStats:
+    """`token_logps` from last hidden states that are there already; `lm_head` makes (N, V) logits from (N, hidden)."""
     before_BT = (batch.response_index_BT - 1).clamp_min(0)
     rows, _ = batch.mask_BT.nonzero(as_tuple=True)
     hidden_NH = hidden_BSH[rows, before_BT[batch.mask_BT]]
     targets_N = batch.response_ids_BT[batch.mask_BT]
     logps_N, entropy_N = chunked_logps(
-        hidden_NH, policy.lm_head, targets_N, temperature=temperature, banned_ids=banned_ids, chunk_tokens=chunk_tokens
+        hidden_NH, lm_head, targets_N, temperature=temperature, banned_ids=banned_ids, chunk_tokens=chunk_tokens
     )
     blank_BT = torch.zeros(batch.mask_BT.shape, dtype=logps_N.dtype, device=logps_N.device)
     return TokenStats(
@@ -53,7 +72,7 @@ def token_logps(
 
 def chunked_logps(
     hidden_NH: Tensor,
-    lm_head: nn.Module,
+    lm_head: Callable[[Tensor], Tensor],
     targets_N: Tensor,
     *,
     temperature: float = 1.0,
@@ -74,7 +93,7 @@ def chunked_logps(
 
 
 def _logps(
-    hidden_NH: Tensor, lm_head: nn.Module, targets_N: Tensor, temperature: float, banned: Tensor
+    hidden_NH: Tensor, lm_head: Callable[[Tensor], Tensor], targets_N: Tensor, temperature: float, banned: Tensor
 ) -> tuple[Tensor, Tensor]:
     logits_NV = lm_head(hidden_NH).float() / temperature
     logits_NV = logits_NV.index_fill(1, banned, float("-inf"))
