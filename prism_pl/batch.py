@@ -117,6 +117,8 @@ class SequenceBatch:
 def micro_batches(batch: SequenceBatch, max_tokens: int | None) -> Iterator[tuple[slice, SequenceBatch]]:
     """Cut a batch along B into pieces whose padded size stays within `max_tokens` (a single longer sequence stands
     alone). None does not cut. Every piece comes with the rows it holds."""
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"micro_batch_tokens is {max_tokens}: give at least 1, or null for the whole batch at once")
     if max_tokens is None:
         yield slice(0, len(batch)), batch
         return

@@ -31,6 +31,7 @@ from prism_pl.run_folder import (
 )
 from prism_pl.shipped import find_config, resolve_paths, stage_of
 
+HALF_WEIGHTS = ("bf16-true", "16-true")
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 
@@ -161,6 +162,11 @@ class PrismCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         files = config.get("config") or []
         stage = "+".join(stage_of(Path(str(file.absolute))) for file in files) or str(self.subcommand)
+        if self.subcommand == "fit" and str(config.trainer.precision) in HALF_WEIGHTS:
+            raise UsageError(
+                f"trainer.precision is {config.trainer.precision}: steps of a small learning rate round to nothing on "
+                "weights of 16 bits. Set bf16-mixed, which keeps them in float32."
+            )
         folder = Path(config.trainer.default_root_dir or Path("runs") / stage)
         if self.fresh:
             folder = fresh_folder(folder)

@@ -206,7 +206,7 @@ class TwoHeadDiscriminator(Discriminator):
         from transformers import Qwen3VLModel
 
         super().__init__()
-        check_policy_path(path)
+        check_policy_path(path, "discriminator.path")
         settings = _settings(path, init_heads)
         self.experts = EXPERTS
         self.max_segment_tokens = max_segment_tokens or settings.get("max_segment_tokens", 4096)

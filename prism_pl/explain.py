@@ -156,6 +156,8 @@ EXPLANATIONS: list[tuple[str, Explanation]] = [
     (r"does not accept option '(?P<key>[\w.]+)'", _unknown_key),
     (r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'", _no_attribute),
     (r"No module named '(?P<module>[\w.]+)'", _no_module),
+    # A number or a tensor, as learning rates are: a class path stands for the tensor, which nobody means.
+    (r"Expected a (?P<expected><class '\w+'>)\n.*Expected a dot import path string: (?P<value>\w+)", _wrong_value),
     (r"Expected a dot import path string: (?P<name>\w+)", _no_class),
     (r"arguments are required: (?P<names>[\w., ]+)", _required),
     (r"Expected a (?P<expected>[^\n]+?)\. Got value: (?P<value>[^\n]+)", _wrong_value),

@@ -80,6 +80,8 @@ def chunked_logps(
     chunk_tokens: int = 2048,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of N targets, at most `chunk_tokens` rows of logits at a time."""
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}: give at least 1")
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need one above 0")
     banned = torch.tensor(list(banned_ids), dtype=torch.long, device=hidden_NH.device)

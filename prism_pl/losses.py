@@ -124,6 +124,8 @@ def score_l2(
         `num_pairs` (sum of weights).
     """
     assert scores, "score_l2 needs at least one tensor of scores"
+    if coefficient < 0:
+        raise ValueError(f"score_l2: {coefficient!r} must not be negative; 0 switches it off.")
     scores_NB = at_least_float32(torch.stack(list(scores)))
     weight_B = torch.ones_like(scores_NB[0]) if weight_B is None else weight_B.detach().to(scores_NB.dtype)
     total = (weight_B * torch.where(weight_B > 0, scores_NB, torch.zeros_like(scores_NB)).square()).sum() / len(scores)

@@ -19,6 +19,8 @@ def lr_scheduler(optimizer: Optimizer, schedule: Schedule, warmup: float, num_st
     """
     from transformers import get_scheduler
 
+    if warmup < 0:
+        raise ValueError(f"warmup is {warmup}: below 1 a share of the run, else a number of steps, give 0 or more")
     if schedule == "constant":
         if 0 < warmup < 1 and num_steps == float("inf"):
             raise ValueError(f"warmup={warmup} is a share of the run: set trainer.max_steps, or warmup to a step count")

@@ -42,23 +42,30 @@ class PolicySpec:
         return Processor.from_path(self.path, self.max_pixels)
 
 
-def check_policy_path(path: str) -> None:
-    """Refuse what is no vision-language policy, before anything heavy is loaded. ValueError or FileNotFoundError."""
+def check_policy_path(path: str, key: str = "policy.path") -> None:
+    """Refuse what is no vision-language model, before anything heavy is loaded. ValueError or FileNotFoundError.
+
+    Args:
+        key: what the message calls the path.
+    """
     folder = Path(path)
     if not folder.is_dir():
         if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
             raise FileNotFoundError(
-                f"policy.path {path!r} is no folder: name a folder in Hugging Face format or a hub id such as "
+                f"{key} {path!r} is no folder: name a folder in Hugging Face format or a hub id such as "
                 "Qwen/Qwen3-VL-4B-Instruct"
             )
         return
     config_file = folder / "config.json"
     if not config_file.exists():
-        raise ValueError(f"policy.path {path!r} holds no config.json: name the export/ folder of a run, or a hub id")
-    model_type = json.loads(config_file.read_text()).get("model_type")
+        raise ValueError(f"{key} {path!r} holds no config.json: name the export/ folder of a run, or a hub id")
+    try:
+        model_type = json.loads(config_file.read_text()).get("model_type")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config_file} is no JSON ({error}): export or download the model anew") from None
     if model_type != "qwen3_vl":
         raise ValueError(
-            f"policy.path {path!r} is a {model_type!r} model, not a vision-language model of the family qwen3_vl"
+            f"{key} {path!r} is a {model_type!r} model, not a vision-language model of the family qwen3_vl"
         )
 
 
@@ -91,10 +98,8 @@ def build_policy(spec: PolicySpec, freeze: Sequence[str] = ()) -> Any:
 def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
     """`kind.from_pretrained` that accepts safetensors only and no missing weight. Both are a ValueError."""
     folder = Path(path)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        pickles = [p.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(suffix)]
-        found = f"only pickled weights ({', '.join(sorted(pickles))}), which can run code" if pickles else "no weights"
-        raise ValueError(f"{path!r} holds {found}: convert them to model.safetensors (save_pretrained does)")
+    if folder.is_dir():
+        _check_weight_files(path, list(folder.glob("model*.safetensors")))
     model, info = kind.from_pretrained(
         path,
         attn_implementation=attn_implementation,
@@ -106,6 +111,24 @@ def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
     if missing:
         raise ValueError(f"{path!r} lacks {len(missing)} weights of its own config, e.g. {missing[0]!r}")
     return model
+
+
+def _check_weight_files(path: str, files: Sequence[Path]) -> None:
+    """ValueError where a folder has no safetensors, or one that is broken or something else under that name."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(path)
+    if not files:
+        pickles = [p.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(suffix)]
+        found = f"only pickled weights ({', '.join(sorted(pickles))}), which can run code" if pickles else "no weights"
+        raise ValueError(f"{path!r} holds {found}: convert them to model.safetensors (save_pretrained does)")
+    for file in files:
+        try:
+            # Reads the header alone.
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no whole safetensors file ({error}): export or download it anew") from None
 
 
 def freeze_matching(module: nn.Module, patterns: Sequence[str]) -> None:

@@ -74,6 +74,11 @@ class Processor:
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"{path!r} has no tokenizer with a chat template: copy tokenizer.json, tokenizer_config.json and "
+                "chat_template.jinja from the policy it was made from"
+            )
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         if max_pixels is not None:
             image_processor.size["longest_edge"] = max_pixels

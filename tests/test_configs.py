@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
 FIT = [name for name in CONFIGS if name != "evaluate.yaml"]
 
-FEW = (
-    "--trainer.max_steps 2 --trainer.val_check_interval 1 --trainer.limit_val_batches 1 --trainer.num_sanity_val_steps 0"
-    " --data.num_train 64 --data.num_validation 4 --data.batch_size 4"
-).split()
+FEW = shlex.split(
+    "--trainer.max_steps 2 --trainer.val_check_interval 1 --trainer.limit_val_batches 1 "
+    "--trainer.num_sanity_val_steps 0 --data.num_train 64 --data.num_validation 4 --data.batch_size 4"
+)
 SMALLER = {
     "align": "--model.num_rollouts 2",
     "rlvr": "--model.num_rollouts 4",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prism_pl.batch import Example
+from prism_pl.optim import check_finite
 from prism_pl.processor import Processor, Prompt
 from prism_pl.rollout.engine import Rollout, Sampling
 
@@ -75,7 +76,7 @@ class TransformersEngine:
         cache.batch_select_indices(row_of)
         stop_ids = [self.processor.eos_id, self.processor.pad_id]
         warpers = _warpers(sampling, self.processor.banned_ids, device)
-        recorder = _LogpRecorder()
+        recorder = _LogpRecorder([prompt.id for prompt in distinct])
         ids_BS = self.policy.generate(
             ids_PS[row_of],
             attention_mask=mask_PS[row_of],
@@ -228,14 +229,19 @@ class _LogpRecorder:
 
     The draw comes after the processors, so a step's scores wait for the next call, whose ids carry it. One step's
     (B, V) scores exist at a time; `output_scores` would keep all T of them (20 GB for 64 x 512 at Qwen's vocabulary).
+
+    The first step's scores are checked: drawing from NaN stops without a word on whose fault it is, on a GPU for good.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.ids = ids
         self.waiting_BV: Tensor | None = None
         self.logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.waiting_BV is not None:
+        if self.waiting_BV is None:
+            check_finite(scores.logsumexp(dim=-1).sum(), "the policy's next-token distribution", self.ids)
+        else:
             self._record(self.waiting_BV, input_ids[:, -1])
         self.waiting_BV = scores
         return scores
