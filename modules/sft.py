@@ -17,7 +17,7 @@ from prism_pl.logprobs import token_logps
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.processor import Processor
-from prism_pl.strategy import share
+from prism_pl.strategy import check_trainer, share
 
 
 class SFTCollator:
@@ -95,11 +95,7 @@ class SFTModule(LightningModule):
         return -logps_BT.sum()
 
     def on_fit_start(self) -> None:
-        if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                "trainer.accumulate_grad_batches would weigh short and long batches alike: raise the batch size and "
-                "set model.init_args.micro_batch_tokens, which splits a batch exactly"
-            )
+        check_trainer(self.trainer)
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         loss = self._nll_sum(batch) / share(batch.mask_BT.sum())

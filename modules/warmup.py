@@ -23,7 +23,7 @@ from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
-from prism_pl.strategy import share
+from prism_pl.strategy import check_trainer, share
 
 
 class DiscriminatorModule(LightningModule):
@@ -120,11 +120,7 @@ class DiscriminatorModule(LightningModule):
         return scores.take(pair_prompt), scores.take(range(len(batch), len(batch) + len(pair_prompt)))
 
     def on_fit_start(self) -> None:
-        if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                "trainer.accumulate_grad_batches would weigh batches with few and many valid pairs alike: raise the "
-                "batch size and set model.init_args.micro_batch_tokens, which splits a batch exactly"
-            )
+        check_trainer(self.trainer)
         self._start_engine()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:

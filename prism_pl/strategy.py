@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 
@@ -51,3 +51,23 @@ def share(count: Tensor) -> Tensor:
     """What a rank divides its loss sum by, so that gradients averaged over ranks are those of the global mean: the
     global count divided by the number of ranks, at least 1 / ranks so that an empty batch gives zero and not NaN."""
     return global_sum(count.float()).clamp_min(1.0) / world_size()
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse trainer options that would train wrongly without a sign of it. ValueError names the option.
+
+    Plain half-precision weights: at learning rates near 1e-6 an AdamW step is smaller than the gap between neighbouring
+    bf16 numbers, so nearly every weight would stay where it is. Accumulated batches: Lightning averages their losses,
+    however many tokens or pairs each has.
+    """
+    if trainer.precision in ("bf16-true", "16-true"):
+        mixed = str(trainer.precision).replace("true", "mixed")
+        raise ValueError(
+            f"trainer.precision is {trainer.precision!r}: small steps on half-precision weights round to nothing. Use "
+            f"{mixed!r}, which keeps fp32 master weights"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            "trainer.accumulate_grad_batches would weigh short and long batches alike: raise the batch size and set "
+            "model.init_args.micro_batch_tokens, which splits a batch exactly"
+        )
