@@ -45,7 +45,7 @@ class DigitsDataModule(L.LightningDataModule):
         batch_size: rows a batch and process.
         seed: of the rows and of the training order, which depends on nothing else but the epoch.
         system_prompt: the same at every stage and in evaluation; None is `prism_pl.chat.SYSTEM_PROMPT`.
-        max_digits, hard_digits, curated, imprecise, skipped, captions, facts, families: see `digits_rows.Recipe`.
+        max_digits, hard_digits, curated, imprecise, skipped, captions, told, families: see `digits_rows.Recipe`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DigitsDataModule(L.LightningDataModule):
         imprecise: float = 0.3,
         skipped: float = 0.3,
         captions: float = 0.4,
-        facts: float = 0.0,
+        told: float = 0.0,
         families: Sequence[str] = FAMILIES,
         num_workers: int = 0,
     ) -> None:
@@ -80,7 +80,7 @@ class DigitsDataModule(L.LightningDataModule):
             imprecise=imprecise,
             skipped=skipped,
             captions=captions,
-            facts=facts,
+            told=told,
             system_prompt=system_prompt,
             families=tuple(families),
         )

@@ -79,8 +79,7 @@ def _some_colour(scene: Scene, rng: np.random.Generator, at_least: int) -> tuple
     return colour, held[colour]
 
 
-def sign(left: int, right: int) -> str:
-    """Two numbers and how they compare: `3 < 7`."""
+def _sign(left: int, right: int) -> str:
     return f"{left} {'<' if left < right else '>' if left > right else '='} {right}"
 
 
@@ -151,7 +150,7 @@ def _difference(text: str, relevant: tuple[int, ...], reads: tuple[str, ...], hi
 def _largest_steps(digits: Sequence[int]) -> tuple[str, ...]:
     """Each digit against the largest before it."""
     leaders = np.maximum.accumulate(digits).tolist()
-    return tuple(sign(leader, digit) for leader, digit in zip(leaders, digits[1:], strict=False))
+    return tuple(_sign(leader, digit) for leader, digit in zip(leaders, digits[1:], strict=False))
 
 
 def _maximum_all(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -236,7 +235,7 @@ def _comparison_which(scene: Scene, rng: np.random.Generator) -> Question | None
 def _comparison(text: str, answer: str, pair: list[tuple[str, int, int]]) -> Question:
     (one, a, i), (two, b, j) = pair
     reads = (f"{one}: {a}", f"{two}: {b}")
-    return Question("comparison", text, answer, (i, j), reads, (sign(a, b),), f"the answer is {answer}")
+    return Question("comparison", text, answer, (i, j), reads, (_sign(a, b),), f"the answer is {answer}")
 
 
 def _reading_order(scene: Scene, what: str) -> Question | None:

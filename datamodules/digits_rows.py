@@ -21,7 +21,6 @@ Split = Literal["pretrain", "sft", "warmup", "align", "rlvr", "validation", "tes
 SYSTEM_PROMPT = "Write <caption>, <think>, <answer>."
 BRIEF_PROMPT = "Answer."
 CAPTION_QUESTION = "Describe the image."
-FACTS_QUESTION = "Some arithmetic."
 
 # The position is the split's code in the seed of each row: never reorder.
 _SPLITS: tuple[Split, ...] = ("pretrain", "sft", "warmup", "align", "rlvr", "validation", "test", "hard")
@@ -37,7 +36,7 @@ class Recipe:
         curated: share of curated rows in `sft`; the others are public.
         imprecise, skipped: shares of public rows with an imprecise caption, or without the operations.
         captions: share of `pretrain` rows that ask for a plain caption.
-        facts: share of `pretrain` rows without an image, whose response states some arithmetic.
+        told: share of `pretrain` rows that tell the scene in words, without an image, and are answered step by step.
         instructed: share of `pretrain` rows under `system_prompt`; the others stand under "Answer.". The base policy
             so answers briefly whichever of the two it is given.
         system_prompt: the same at every stage and in evaluation; None is `prism_pl.chat.SYSTEM_PROMPT`.
@@ -50,7 +49,7 @@ class Recipe:
     imprecise: float = 0.3
     skipped: float = 0.3
     captions: float = 0.4
-    facts: float = 0.0
+    told: float = 0.0
     instructed: float = 0.5
     system_prompt: str | None = SYSTEM_PROMPT
     families: Sequence[str] = FAMILIES
@@ -70,7 +69,7 @@ class Recipe:
             "imprecise": self.imprecise,
             "skipped": self.skipped,
             "captions": self.captions,
-            "facts": self.facts,
+            "told": self.told,
             "instructed": self.instructed,
         }
         for name, share in shares.items():
@@ -109,7 +108,7 @@ def make_example(
         meta=_meta(split, scene, question),
     )
     if brief or split == "pretrain":
-        _make_brief(row, rng, recipe)
+        _make_brief(row, question, rng, recipe)
     elif split == "sft" and rng.random() >= recipe.curated:
         made = teacher.public(scene, question, rng, imprecise=recipe.imprecise, skipped=recipe.skipped)
         row.response = made.response
@@ -147,17 +146,17 @@ def _meta(split: Split, scene: Scene, question: Question) -> dict[str, Any]:
     }
 
 
-def _make_brief(row: Example, rng: np.random.Generator, recipe: Recipe) -> None:
-    """Turn a row into one of the base policy's: the bare answer, or, for another question, a plain caption or some
-    arithmetic without an image."""
+def _make_brief(row: Example, question: Question, rng: np.random.Generator, recipe: Recipe) -> None:
+    """Turn a row into one of the base policy's: the bare answer; a plain caption, for another question; or the steps to
+    the answer, where the scene is told in words. So the base can see and can reckon, and knows no three blocks."""
     if rng.random() >= recipe.instructed:
         row.system = BRIEF_PROMPT
     row.response = row.meta["answer"]
     row.meta.update(style="brief")
-    if recipe.facts and rng.random() < recipe.facts:
-        row.images, row.question, row.response = [], FACTS_QUESTION, teacher.arithmetic(rng)
-        row.answers = [row.response]
-        row.meta.update(style="facts", family="facts", answer=row.response)
+    if recipe.told and rng.random() < recipe.told:
+        row.images, row.question = [], f"{teacher.plain_caption(row.meta['scene'])} {row.question}"
+        row.response = teacher.worked(question)
+        row.meta.update(style="told", family="told")
         return
     if rng.random() < recipe.captions:
         row.question, row.response = CAPTION_QUESTION, teacher.plain_caption(row.meta["scene"])

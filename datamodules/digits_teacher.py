@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datamodules.digits_questions import Question, sign
+from datamodules.digits_questions import Question
 from datamodules.digits_scene import COLOURS, PLACES, Item, Scene
 from prism_pl import chat
 
@@ -87,24 +87,9 @@ def plain_caption(scene: Scene) -> str:
     return _sentences([_phrase(item) for item in scene])
 
 
-def arithmetic(rng: np.random.Generator, num_facts: int = 6) -> str:
-    """True statements about small numbers, worded as the operations of a solution are.
-
-    Example: 3 + 4 = 7. 9 - 2 = 7. 4 < 8. 13 is odd.
-    """
-    facts = []
-    for kind in rng.integers(4, size=num_facts):
-        total, digit, other = int(rng.integers(19)), int(rng.integers(10)), int(rng.integers(10))
-        if kind == 0:
-            facts.append(f"{total} + {digit} = {total + digit}")
-        elif kind == 1:
-            facts.append(f"{max(digit, other)} - {min(digit, other)} = {abs(digit - other)}")
-        elif kind == 2:
-            facts.append(sign(digit, other))
-        else:
-            number = total + digit
-            facts.append(f"{number} is {('even', 'odd')[number % 2]}")
-    return _sentences(facts)
+def worked(question: Question) -> str:
+    """The steps to an answer as sentences, without any block: `digits: 3 4. 3 + 4 = 7. the sum is 7.`"""
+    return _sentences((*question.reads, *question.operations, question.conclusion))
 
 
 def _phrase(item: Item) -> str:

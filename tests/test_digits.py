@@ -301,3 +301,15 @@ def test_a_dataset_makes_its_rows_on_demand():
 def test_an_option_that_is_not_allowed_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**options)
+
+
+def test_told_rows_hold_the_scene_in_words_and_true_steps_and_no_block():
+    recipe = Recipe(told=1.0)
+    for index in range(64):
+        row = make_example("pretrain", index, seed=3, recipe=recipe)
+        assert row.images == []
+        assert not chat.parse(row.response).valid
+        assert caption_items(row.question.rsplit(". ", 1)[0]) == scene_items(row.meta["scene"])
+        check = check_steps(row.response, row.meta["scene"], {**row.meta, "family": FAMILIES[index % len(FAMILIES)]})
+        assert check.correct == check.stated == check.expected
+        assert row.response.endswith(f" is {row.answers[0]}.")
