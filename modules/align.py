@@ -38,7 +38,7 @@ from prism_pl.rollout_stage import (
     trained_mask,
     warn_inert_kl,
 )
-from prism_pl.strategy import check_trainer, share, training_only
+from prism_pl.strategy import check_one_device, check_trainer, share, training_only
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
 
@@ -141,6 +141,7 @@ class AdversarialAlignModule(LightningModule):
 
     def on_fit_start(self) -> None:
         check_trainer(self.trainer)
+        check_one_device(self.trainer)
         warn_inert_clip(self.policy_loss, num_updates=1)
         self._start_engine()
 
