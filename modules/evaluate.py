@@ -91,7 +91,8 @@ class EvaluateModule(LightningModule):
         if not self.output_file.exists():
             return
         before = read_evaluation(self.output_file)
-        if (before.name, before.settings["policy"]) != (self.name, self.spec.path):
+        same_policy = Path(before.settings["policy"]).resolve() == Path(self.spec.path).resolve()
+        if before.name != self.name or not same_policy:
             raise ValueError(
                 f"{self.output_file} holds the evaluation of {before.name!r} (policy {before.settings['policy']}), and "
                 f"this one is of {self.name!r} (policy {self.spec.path}): give it a folder of its own with "
