@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import modules.rlvr
 from callbacks import Completions, StructuralProxies
 from modules.rlvr import RLVRModule
+from prism_pl.aggregation import aggregate
 from prism_pl.groups import shuffled_minibatches
 from prism_pl.logprobs import token_logps
 from prism_pl.policy import PolicySpec, build_policy
@@ -230,6 +231,24 @@ def test_a_non_finite_reward_or_loss_stops_before_a_step(random_policy, tmp_path
 class Broken(PolicyLoss):
     def __call__(self, logps_BT, old_logps_BT, advantages, mask_BT, denominator=None, weights_BT=None):
         return logps_BT.sum() * float("inf"), {"num_tokens": mask_BT.sum()}
+
+
+class Bare(PolicyLoss):
+    """A loss of one's own that tells nothing about itself."""
+
+    def __call__(self, logps_BT, old_logps_BT, advantages, mask_BT, denominator=None, weights_BT=None):
+        return aggregate(-advantages[:, None] * logps_BT, mask_BT, self.aggregation, denominator), {}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "micro_batch_tokens": 300, "updates_per_batch": 2}])
+def test_a_loss_of_ones_own_need_not_give_metrics(random_policy, tmp_path, options):
+    module = make(random_policy, [R, W], policy_loss=Bare(), **options)
+    module.configure_model()
+    before = weights(module.policy)
+    _, record = fit(module, Rows(make_examples(2)), tmp_path)
+    assert not equal(weights(module.policy), before)
+    assert record.steps[0]["rlvr/entropy"] > 0
+    assert "rlvr/num_tokens" not in record.steps[0]
 
 
 def test_what_a_step_returns(random_policy, tmp_path):
