@@ -6,7 +6,7 @@ step: the discriminator to tell them apart, the policy not to be told apart. No 
 Launch: python -m prism_pl fit --config align.yaml
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -292,11 +292,6 @@ class AdversarialAlignModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.rollout.close()
-
-    def trained_networks(self) -> Iterator[tuple[str, Any]]:
-        """The networks that this stage trains, by name."""
-        yield "policy", self.policy
-        yield "discriminator", self.discriminator
 
     def export(self, folder: Path) -> None:
         """Write the policy in Hugging Face format, and the discriminator beside it, in `<folder>-discriminator`."""

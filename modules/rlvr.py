@@ -3,7 +3,7 @@
 Launch: python -m prism_pl fit --config rlvr.yaml
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -302,10 +302,6 @@ class RLVRModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.rollout.close()
-
-    def trained_networks(self) -> Iterator[tuple[str, Any]]:
-        """The networks that this stage trains, by name."""
-        yield "policy", self.policy
 
     def export(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""
