@@ -129,7 +129,7 @@ def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> tuple[Tensor
 def groups_with_variance(values_PG: Tensor) -> Tensor:
     """(P,) True for the groups whose values differ: those that teach something. DAPO's dynamic sampling (arXiv
     2503.14476, eq. 11) keeps these, judged by accuracy. A group of one has none."""
-    return ~_normalise(_exact(values_PG))[1].to(values_PG.device)
+    return (~_normalise(_exact(values_PG))[1]).to(values_PG.device)
 
 
 def _exact(values: Tensor) -> Tensor:

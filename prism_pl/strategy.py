@@ -82,6 +82,6 @@ def check_one_device(trainer: Trainer) -> None:
     if trainer.world_size > 1:
         raise ValueError(
             f"trainer.devices and trainer.num_nodes make {trainer.world_size} processes, but this stage runs its own "
-            "backward passes: its players would need an engine each, which plain DDP does not give. Set trainer.devices "
-            "to 1"
+            "backward passes: its players would need an engine each, which plain DDP does not give. Set "
+            "trainer.devices to 1"
         )
