@@ -61,11 +61,13 @@ demo: setup
 		--pairs align:sft sft-rlvr:sft align-rlvr:align align-rlvr:sft-rlvr --splits test hard --out $(DEMO)/results.md
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir $(DEMO)"
 
-# Everything under assets/, from the shipped configs: minutes on a GPU, about an hour on two cores.
+# Everything under assets/, from the shipped configs: minutes on a GPU, about an hour on two cores. assets/ itself is
+# touched last, once every stage has succeeded.
 ASSETS ?= runs/assets
 assets: setup
-	$(BIN)/python scripts/blank_policy.py assets/base
-	$(RUN) fit --config configs/digits/pretrain.yaml --trainer.default_root_dir $(ASSETS)/pretrain
+	$(BIN)/python scripts/blank_policy.py $(ASSETS)/blank
+	$(RUN) fit --config configs/digits/pretrain.yaml --trainer.default_root_dir $(ASSETS)/pretrain \
+		--model.policy.path $(ASSETS)/blank
 	$(RUN) fit --config configs/digits/reckon.yaml --trainer.default_root_dir $(ASSETS)/reckon \
 		--model.policy.path $(ASSETS)/pretrain/export
 	$(RUN) fit --config configs/sft.yaml --trainer.default_root_dir $(ASSETS)/sft \

@@ -1,5 +1,6 @@
 """Rollouts to look at: TensorBoard pictures and text of image, question, response, demonstration, scores, verdict."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ class Completions(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The same step as scalars are logged at; global_step would count both optimisers.
+        # Batches, as the stages log their scalars; global_step counts policy steps, of which a batch may take several.
         step = trainer.fit_loop.total_batch_idx
         writers = tensorboard_writers(trainer)
         if step % self.every_n_steps or not writers:
@@ -56,7 +57,9 @@ def _completion(step: Mapping[str, Any], p: int) -> Completion:
             score, other = float(scores_PG[p, 0]), float(step["demonstration_scores"][expert][p])
             numbers.append(f"{expert}: {score:+.2f}, demonstration {other:+.2f}, gap {other - score:+.2f}")
     if "rewards" in step:
-        numbers.append(f"reward: {float(step['rewards'][p, 0]):+.2f}")
+        reward = float(step["rewards"][p, 0])
+        # Alignment scores no malformed response, so its mixed reward is NaN there; RLVR rewards it like any other.
+        numbers.append("reward: malformed" if math.isnan(reward) and not parsed.valid else f"reward: {reward:+.2f}")
     demonstrations = step.get("demonstrations")
     return Completion(
         images=list(example.images),

@@ -44,7 +44,8 @@ class StructuralProxies(Callback):
 
         found = step_output(outputs, ("rollouts",), "StructuralProxies")
         self.window.append((found["rollouts"], found.get("demonstrations", [])))
-        step = trainer.fit_loop.total_batch_idx  # global_step would count both optimisers
+        # Batches, as the stages log their scalars; global_step counts policy steps, of which a batch may take several.
+        step = trainer.fit_loop.total_batch_idx
         if step % self.every_n_steps:
             return
         scalars: dict[str, Tensor] = {}

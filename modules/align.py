@@ -6,7 +6,7 @@ step: the discriminator to tell them apart, the policy not to be told apart. No 
 Launch: python -m prism_pl fit --config align.yaml
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from prism_pl.rollout_stage import (
     trained_mask,
     warn_inert_kl,
 )
-from prism_pl.strategy import check_trainer, share, training_only
+from prism_pl.strategy import check_one_device, check_trainer, share, training_only
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
 
@@ -141,6 +141,7 @@ class AdversarialAlignModule(LightningModule):
 
     def on_fit_start(self) -> None:
         check_trainer(self.trainer)
+        check_one_device(self.trainer)
         warn_inert_clip(self.policy_loss, num_updates=1)
         self._start_engine()
 
@@ -291,11 +292,6 @@ class AdversarialAlignModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.rollout.close()
-
-    def trained_networks(self) -> Iterator[tuple[str, Any]]:
-        """The networks that this stage trains, by name."""
-        yield "policy", self.policy
-        yield "discriminator", self.discriminator
 
     def export(self, folder: Path) -> None:
         """Write the policy in Hugging Face format, and the discriminator beside it, in `<folder>-discriminator`."""

@@ -88,10 +88,15 @@ class EvaluateModule(LightningModule):
             self.policy = build_policy(self.spec).eval()
 
     def setup(self, stage: str) -> None:
-        if self.output_file.exists() and read_evaluation(self.output_file).name != self.name:
+        if not self.output_file.exists():
+            return
+        before = read_evaluation(self.output_file)
+        same_policy = Path(before.settings["policy"]).resolve() == Path(self.spec.path).resolve()
+        if before.name != self.name or not same_policy:
             raise ValueError(
-                f"{self.output_file} holds the evaluation of {read_evaluation(self.output_file).name!r}, and this one "
-                f"is of {self.name!r}: give it a folder of its own with --trainer.default_root_dir"
+                f"{self.output_file} holds the evaluation of {before.name!r} (policy {before.settings['policy']}), and "
+                f"this one is of {self.name!r} (policy {self.spec.path}): give it a folder of its own with "
+                "--trainer.default_root_dir"
             )
 
     @property

@@ -3,7 +3,7 @@
 Launch: python -m prism_pl fit --config rlvr.yaml
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from prism_pl.rollout_stage import (
     warn_inert_kl,
     with_overlong,
 )
-from prism_pl.strategy import check_trainer, share, world_size
+from prism_pl.strategy import check_one_device, check_trainer, share, world_size
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
 
@@ -153,6 +153,7 @@ class RLVRModule(LightningModule):
 
     def on_fit_start(self) -> None:
         check_trainer(self.trainer)
+        check_one_device(self.trainer)
         warn_inert_clip(self.policy_loss, num_updates=self.updates_per_batch * self.num_minibatches)
         if self.shuffle_seed is None:
             self.shuffle_seed = torch.initial_seed()
@@ -301,10 +302,6 @@ class RLVRModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.rollout.close()
-
-    def trained_networks(self) -> Iterator[tuple[str, Any]]:
-        """The networks that this stage trains, by name."""
-        yield "policy", self.policy
 
     def export(self, folder: Path) -> None:
         """Write the policy in Hugging Face format."""

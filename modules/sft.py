@@ -3,7 +3,7 @@
 Launch: python -m prism_pl fit --config sft.yaml
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prism_pl.batch import Example, SequenceBatch, micro_batches
 from prism_pl.logprobs import token_logps
+from prism_pl.losses import masked_nll
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.processor import Processor
@@ -92,7 +93,7 @@ class SFTModule(LightningModule):
     def forward(self, batch: SequenceBatch) -> Tensor:
         """The summed negative log-likelihood of the response tokens, in nats."""
         logps_BT = token_logps(self.policy, batch, chunk_tokens=self.chunk_tokens).logps_BT
-        return -logps_BT.sum()
+        return masked_nll(logps_BT, batch.mask_BT, denominator=1.0)[0]
 
     def on_fit_start(self) -> None:
         check_trainer(self.trainer)
@@ -119,10 +120,6 @@ class SFTModule(LightningModule):
         optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)
         scheduler = lr_scheduler(optimizer, self.schedule, self.warmup, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def trained_networks(self) -> Iterator[tuple[str, Any]]:
-        """The networks that this stage trains, by name."""
-        yield "policy", self.policy
 
     def export(self, folder: Any) -> None:
         """Write the policy in Hugging Face format with its processor."""

@@ -4,7 +4,7 @@ It stops at a ceiling of held-out pair accuracy: a discriminator that always win
 Launch: python -m prism_pl fit --config warmup.yaml
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,10 +188,6 @@ class DiscriminatorModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.rollout.close()
-
-    def trained_networks(self) -> Iterator[tuple[str, Any]]:
-        """The networks that this stage trains, by name."""
-        yield "discriminator", self.discriminator
 
     def export(self, folder: Path) -> None:
         """Write the discriminator, loadable alone."""

@@ -1,8 +1,8 @@
 """From the scores or rewards of P prompts x G rollouts to advantages: pure functions, statistics over each group.
 
 P prompts, G rollouts a prompt. The caller gathers a group that spans ranks before it comes here. Everything is
-reckoned in float64 and given back in the input's dtype, so that a group of equal scores has a std of 0 and not of
-rounding noise.
+reckoned in float64 on the CPU (some accelerators have no float64, and these are few numbers) and given back in the
+input's dtype and place, so that a group of equal scores has a std of 0 and not of rounding noise.
 
 Standard deviations are sample ones (ddof 1), `eps` = 1e-6 is added before dividing. A group counts as having no
 variance, and gets exactly 0, when `std <= 1e-6 max(1, max |score|)`: within a few float32 roundings of equal. Without
@@ -48,11 +48,11 @@ def paper_advantages(scores: Mapping[str, Tensor], valid_PG: Tensor, alpha: floa
         ValueError: alpha outside [0, 1], or experts other than perception and reasoning.
     """
     weights = _expert_weights(scores, alpha)
-    valid_PG = valid_PG.bool()
-    reward_PG = torch.stack([weights[name] * scores[name].double() for name in EXPERTS]).sum(0)
+    device, valid_PG = valid_PG.device, valid_PG.bool().cpu()
+    reward_PG = torch.stack([weights[name] * _exact(scores[name]) for name in EXPERTS]).sum(0)
     reward_PG, all_malformed_P = _fill_malformed(reward_PG, valid_PG)
     advantages_PG, zero_std_P = _normalise(reward_PG)
-    return advantages_PG.to(_dtype(scores)), _metrics(zero_std_P, all_malformed_P, valid_PG)
+    return _like(advantages_PG, scores[EXPERTS[0]]), _metrics(zero_std_P, all_malformed_P, valid_PG, device)
 
 
 def released_advantages(
@@ -82,20 +82,20 @@ def released_advantages(
     weights = _expert_weights(scores, alpha)
     if not malformed_penalty >= 0.0:
         raise ValueError(f"malformed_penalty: {malformed_penalty!r} must be at least 0; it is subtracted.")
-    valid_PG = valid_PG.bool()
+    device, valid_PG = valid_PG.device, valid_PG.bool().cpu()
     group_of_one = valid_PG.shape[1] == 1
     advantages_PG = -malformed_penalty * (~valid_PG).double()
     zero_std_P = torch.full_like(valid_PG[:, 0], not group_of_one)
     all_malformed_P = ~valid_PG.any(1)
     for name in EXPERTS:
-        filled_PG, _ = _fill_malformed(scores[name].double(), valid_PG)
+        filled_PG, _ = _fill_malformed(_exact(scores[name]), valid_PG)
         if group_of_one:
             normalised_PG = filled_PG / (1.0 + EPS)
         else:
             normalised_PG, expert_zero_std_P = _normalise(filled_PG)
             zero_std_P = zero_std_P & expert_zero_std_P
         advantages_PG = advantages_PG + weights[name] * normalised_PG
-    return advantages_PG.to(_dtype(scores)), _metrics(zero_std_P, all_malformed_P, valid_PG)
+    return _like(advantages_PG, scores[EXPERTS[0]]), _metrics(zero_std_P, all_malformed_P, valid_PG, device)
 
 
 def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> tuple[Tensor, Metrics]:
@@ -114,7 +114,7 @@ def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> tuple[Tensor
     """
     if scale not in get_args(Scale):
         raise ValueError(f"scale: {scale!r} is not one of {', '.join(get_args(Scale))}.")
-    rewards = rewards_PG.double()
+    rewards = _exact(rewards_PG)
     normalised_PG, zero_std_P = _normalise(rewards)
     if scale == "group":
         advantages_PG = normalised_PG
@@ -123,13 +123,23 @@ def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> tuple[Tensor
         # All groups are without variance where the batch has none or one reward, so its std is not used there.
         divisor = rewards.std() + EPS if scale == "batch" and rewards.numel() > 1 else 1.0
         advantages_PG = torch.where(zero_std_P[:, None], torch.zeros_like(rewards), centred_PG / divisor)
-    return advantages_PG.to(rewards_PG.dtype), {"num_zero_std_groups": zero_std_P.sum()}
+    return _like(advantages_PG, rewards_PG), {"num_zero_std_groups": zero_std_P.sum().to(rewards_PG.device)}
 
 
 def groups_with_variance(values_PG: Tensor) -> Tensor:
     """(P,) True for the groups whose values differ: those that teach something. DAPO's dynamic sampling (arXiv
     2503.14476, eq. 11) keeps these, judged by accuracy. A group of one has none."""
-    return ~_normalise(values_PG.double())[1]
+    return (~_normalise(_exact(values_PG))[1]).to(values_PG.device)
+
+
+def _exact(values: Tensor) -> Tensor:
+    # First to the CPU: MPS would refuse the float64.
+    return values.cpu().double()
+
+
+def _like(values: Tensor, given: Tensor) -> Tensor:
+    # First the dtype, for the same reason.
+    return values.to(given.dtype).to(given.device)
 
 
 def _expert_weights(scores: Mapping[str, Tensor], alpha: float) -> dict[str, float]:
@@ -163,13 +173,10 @@ def _normalise(values_PG: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(zero_P1, torch.zeros_like(normalised_PG), normalised_PG), zero_P1[:, 0]
 
 
-def _metrics(zero_std_P: Tensor, all_malformed_P: Tensor, valid_PG: Tensor) -> Metrics:
-    return {
+def _metrics(zero_std_P: Tensor, all_malformed_P: Tensor, valid_PG: Tensor, device: torch.device) -> Metrics:
+    metrics = {
         "num_zero_std_groups": (zero_std_P & ~all_malformed_P).sum(),
         "num_all_malformed_groups": all_malformed_P.sum(),
         "num_malformed": (~valid_PG).sum(),
     }
-
-
-def _dtype(scores: Mapping[str, Tensor]) -> torch.dtype:
-    return scores[EXPERTS[0]].dtype
+    return {name: value.to(device) for name, value in metrics.items()}

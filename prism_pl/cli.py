@@ -1,4 +1,4 @@
-"""PrismCLI: Lightning's fit, validate, test and predict over YAML, with a run folder that goes on by itself.
+"""PrismCLI: Lightning's fit, validate and test over YAML, with a run folder that goes on by itself.
 
 The only file of prism_pl that imports modules, datamodules and callbacks, after checking that the names are ours.
 Launch: `python -m prism_pl fit --config align.yaml`.
@@ -125,6 +125,11 @@ class PrismCLI(LightningCLI):
             parser_class=PrismParser,
             args=args,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands less `predict`: no stage has a predict_step."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", [f"prism_pl=={__version__}", f"lightning.pytorch=={pl.__version__}"])

@@ -25,6 +25,7 @@ from prism_pl.policy import (
     batch_vision_attention,
     check_policy_path,
     freeze_matching,
+    fresh_temporary,
     hidden_states,
     load_safetensors,
     put_in_place,
@@ -261,7 +262,7 @@ class TwoHeadDiscriminator(Discriminator):
         """Write backbone and heads (safetensors), settings, tokenizer and processor; a kill leaves no half folder."""
         from safetensors.torch import save_file
 
-        temporary = folder.with_name(folder.name + ".tmp")
+        temporary = fresh_temporary(folder)
         kind = getattr(torch, dtype)
         weights = {name: tensor.detach().to(kind) for name, tensor in self.model.state_dict().items()}
         self.model.save_pretrained(temporary, state_dict=weights)

@@ -37,8 +37,8 @@ def check_finite(value: Tensor, what: str, ids: Sequence[str]) -> None:
     if not bool(torch.isfinite(value.detach()).all()):
         shown = ", ".join(dict.fromkeys(ids))
         raise ValueError(
-            f"{what} is not finite ({value.detach().tolist()}) on the batch of rows {shown[:400]}. Nothing was stepped "
-            "and the last checkpoint is intact: lower the learning rate, or look at these rows"
+            f"{what} is not finite ({value.detach().tolist()}) on the batch of rows {shown[:400]}. This network took "
+            "no step with it and the last checkpoint is intact: lower the learning rate, or look at these rows"
         )
 
 

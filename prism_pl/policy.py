@@ -82,7 +82,7 @@ def build_policy(spec: PolicySpec, freeze: Sequence[str] = ()) -> Any:
 
     check_policy_path(spec.path)
     if spec.from_scratch:
-        config = AutoConfig.from_pretrained(spec.path)
+        config = AutoConfig.from_pretrained(spec.path, trust_remote_code=False)
         policy = Qwen3VLForConditionalGeneration._from_config(
             config, attn_implementation=spec.attn_implementation, dtype=torch.float32
         )
@@ -105,6 +105,7 @@ def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
         attn_implementation=attn_implementation,
         dtype=torch.float32,
         use_safetensors=True,
+        trust_remote_code=False,
         output_loading_info=True,
     )
     missing = sorted(info["missing_keys"])
@@ -243,9 +244,7 @@ def save_policy(
 
     Written to a temporary name beside it and renamed, so that a kill never leaves half an export.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    temporary = fresh_temporary(folder)
     weights = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in policy.state_dict().items()}
     policy.save_pretrained(temporary, state_dict=weights)
     set_dtype(temporary / "config.json", dtype)
@@ -253,15 +252,28 @@ def save_policy(
     put_in_place(temporary, folder)
 
 
+def fresh_temporary(folder: Path) -> Path:
+    """The name beside `folder` to write to before `put_in_place`, cleared of what a killed export left there."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    return temporary
+
+
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder to its own name, in the place of an older one."""
+    """Rename a finished folder to its own name, in the place of an older one.
+
+    A kill between the two renames leaves the older one as `.old`, the finished one as `.tmp`; a kill after them leaves
+    an outdated `.old`, which the next call removes.
+    """
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
+        if old.exists():
+            shutil.rmtree(old)
         folder.rename(old)
-        temporary.rename(folder)
+    temporary.rename(folder)
+    if old.exists():
         shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
 
 
 def set_dtype(config_file: Path, dtype: str) -> None:

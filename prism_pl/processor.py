@@ -73,7 +73,7 @@ class Processor:
         """
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not tokenizer.chat_template:
             raise ValueError(
                 f"{path!r} has no tokenizer with a chat template: copy tokenizer.json, tokenizer_config.json and "

@@ -71,3 +71,17 @@ def check_trainer(trainer: Trainer) -> None:
             "trainer.accumulate_grad_batches would weigh short and long batches alike: raise the batch size and set "
             "model.init_args.micro_batch_tokens, which splits a batch exactly"
         )
+
+
+def check_one_device(trainer: Trainer) -> None:
+    """Refuse several processes for a stage that runs its own backward passes. ValueError.
+
+    Plain DDP reduces the gradients of one backward pass through the whole module a step. Such a stage runs several, of
+    micro-batches and of two players, each through a part of the module.
+    """
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"trainer.devices and trainer.num_nodes make {trainer.world_size} processes, but this stage runs its own "
+            "backward passes: its players would need an engine each, which plain DDP does not give. Set "
+            "trainer.devices to 1"
+        )

@@ -104,7 +104,7 @@ def policy_backward(
         what: the loss's name in messages.
 
     Returns:
-        This rank's loss, detached, and the loss's metrics with `entropy` (mean over trained tokens, nats).
+        This rank's loss, detached, and the loss's metrics with `num_tokens` (trained) and `entropy` (their mean, nats).
     """
     losses: list[Tensor] = []
     metrics: list[Metrics] = []
@@ -113,6 +113,8 @@ def policy_backward(
         old_BT = logps_BT.detach() if old_logps_BT is None else old_logps_BT[rows]
         mask = mask_BT[rows]
         loss, told = policy_loss(logps_BT, old_BT, advantages_B[rows], mask, denominator=denominator)
+        # Micro-batches are merged by the number of tokens, which a loss of one's own need not give.
+        told = {**told, "num_tokens": mask.sum()}
         told["entropy"] = entropy_BT[mask].mean()
         if kl is not None and kl.in_loss:
             assert ref_logps_BT is not None

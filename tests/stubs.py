@@ -16,7 +16,7 @@ from modules.rlvr import RLVRModule
 from prism_pl.batch import Example
 from prism_pl.chat import render
 from prism_pl.logprobs import token_logps
-from prism_pl.policy import PolicySpec
+from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.policy_loss import GRPO
 from prism_pl.processor import Processor
 from prism_pl.rollout.engine import Rollout, Sampling
@@ -147,6 +147,20 @@ class Gradients(Callback):
 def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of a network's weights."""
     return {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+
+@torch.no_grad()
+def drift(module: Any, rows: Sequence[Example], texts: Sequence[str]) -> float:
+    """How far a policy has moved from where it started, on these texts: mean d^2 / 2 a token."""
+    processor = module.processor
+    prompts = [processor.prompt(row) for row in rows]
+    responses = [processor.response_ids(text) for _ in rows for text in texts]
+    batch = processor.sequences(prompts, responses, [p for p in range(len(rows)) for _ in texts])
+    now, start = (
+        token_logps(policy, batch, banned_ids=processor.banned_ids).logps_BT
+        for policy in (module.policy, build_policy(module.spec))
+    )
+    return float((0.5 * (now - start).square())[batch.mask_BT].mean())
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

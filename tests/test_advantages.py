@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from prism_pl.advantages import group_advantages, groups_with_variance, paper_advantages, released_advantages
 
@@ -203,3 +206,33 @@ def test_results_keep_the_inputs_type():
         scores = {name: torch.tensor([[1.0, 2.0]], dtype=dtype) for name in ("perception", "reasoning")}
         assert paper_advantages(scores, valid_of([1, 1]))[0].dtype == dtype
         assert group_advantages(scores["perception"])[0].dtype == dtype
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 anywhere but on the CPU, as MPS does, and counts what it looked at off the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_elsewhere = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+                self.num_elsewhere += 1
+                assert tensor.dtype != torch.float64, func
+        return out
+
+
+def test_float64_stays_on_the_cpu_and_results_go_back_to_their_device():
+    # Tensors of a device that need not be there: shapes, dtypes and devices are right, and nothing is computed.
+    with FakeTensorMode(), NoFloat64() as watch:
+        scores = {expert: torch.zeros(2, 4, device="cuda") for expert in ("perception", "reasoning")}
+        valid_PG = torch.zeros(2, 4, dtype=torch.bool, device="cuda")
+        found = [advantages(scores, valid_PG) for advantages in (paper_advantages, released_advantages)]
+        found += [group_advantages(scores["reasoning"], scale) for scale in ("group", "batch", "none")]
+        tensors = [tensor for advantages, metrics in found for tensor in (advantages, *metrics.values())]
+        tensors.append(groups_with_variance(scores["reasoning"]))
+        assert {tensor.device.type for tensor in tensors} == {"cuda"}
+        assert {advantages.dtype for advantages, _ in found} == {torch.float32}
+        assert watch.num_elsewhere > len(tensors)

@@ -207,6 +207,20 @@ def test_completions_say_right_wrong_and_malformed(tmp_path):
     assert "Demonstration" not in text
 
 
+def test_a_malformed_response_has_no_reward_to_show_and_a_scored_one_does(tmp_path):
+    outputs = step_outputs() | {"rewards": torch.tensor([[0.5, 0.5], [float("nan"), 0.5]])}
+    outputs["rollouts"][2] = "no format"
+    fit(tmp_path / "align", [Completions()], Stage(outputs), num_steps=1)
+    text = read(tmp_path / "align").Tensors("completions/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "reward: +0.50" in text
+    assert "reward: malformed" in text
+    assert "nan" not in text
+    outputs["rewards"][1, 0] = -0.25  # RLVR rewards malformed responses too
+    fit(tmp_path / "rlvr", [Completions()], Stage(outputs), num_steps=1)
+    text = read(tmp_path / "rlvr").Tensors("completions/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "reward: -0.25" in text
+
+
 def test_a_picture_holds_long_words_many_lines_and_several_images():
     image = make_examples(1)[0].images[0]
     long = Completion([image] * 3, "q " * 400, ["1"] * 9, "x" * 5000 + "\nline" * 100, None, "valid", None, [])

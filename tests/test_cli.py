@@ -50,6 +50,17 @@ def python_m_prism_pl(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]
 # The front door
 
 
+def test_only_commands_that_a_stage_has_steps_for_are_offered(folder, capsys):
+    assert main(["--help"]) == 0
+    assert "predict" not in capsys.readouterr().out
+    assert main(["predict", "--config", "dummy.yaml"]) == 2
+    assert "There is no command 'predict'" in capsys.readouterr().err
+    from prism_pl.__main__ import COMMANDS
+    from prism_pl.cli import PrismCLI
+
+    assert PrismCLI.subcommands().keys() == COMMANDS.keys()
+
+
 def test_help_answers_in_five_seconds_without_importing_torch(tmp_path):
     start = time.monotonic()
     result = python_m_prism_pl("--help", cwd=tmp_path)

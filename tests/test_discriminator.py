@@ -222,6 +222,18 @@ def test_save_and_load_give_the_same_scores(discriminator, tmp_path):
     assert sizes[1] < 0.6 * sizes[0]
 
 
+def test_a_save_clears_what_killed_ones_left(discriminator, tmp_path):
+    discriminator.save(tmp_path / "d")
+    for leftover in ("d.tmp", "d.old"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "half").touch()
+    discriminator.save(tmp_path / "d")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
+    assert not (tmp_path / "d" / "half").exists()
+    one, two = (scores_of(d, [SHORT]).by_expert for d in (discriminator, TwoHeadDiscriminator(str(tmp_path / "d"))))
+    assert all(torch.equal(one[expert], two[expert]) for expert in one)
+
+
 def test_missing_heads_are_never_random(discriminator, random_policy, tmp_path):
     with pytest.raises(ValueError, match=r"never random: run warmup\.yaml"):
         TwoHeadDiscriminator(random_policy)

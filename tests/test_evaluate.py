@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -223,6 +224,14 @@ def test_another_checkpoints_results_are_not_overwritten(random_policy, tmp_path
     with pytest.raises(ValueError, match=r"'first'.*'second'.*default_root_dir"):
         evaluate(tmp_path, random_policy, [RIGHT, WRONG], name="second")
     assert read_evaluation(tmp_path).table("test")["accuracy"]["mean"] == 1.0
+
+
+def test_another_policy_under_the_same_name_is_refused(random_policy, tmp_path):
+    evaluate(tmp_path / "run", random_policy, [RIGHT, RIGHT], name="first")
+    copy = shutil.copytree(random_policy, tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"'first' \(policy .*random\).*'first' \(policy .*copy\).*default_root_dir"):
+        evaluate(tmp_path / "run", str(copy), [RIGHT, WRONG], name="first")
+    assert read_evaluation(tmp_path / "run").table("test")["accuracy"]["mean"] == 1.0
 
 
 def test_results_table_and_paired_differences(random_policy, tmp_path, capsys):

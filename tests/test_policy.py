@@ -163,6 +163,24 @@ def test_export_round_trips_with_its_processor(policy, processor, tmp_path):
             assert (folder / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_an_export_clears_what_killed_ones_left(policy, processor, tmp_path):
+    # Killed while writing: .tmp. Killed after the older export was moved aside and the new one put in place: .old.
+    for present in (True, False):
+        folder = tmp_path / f"export-{present}"
+        if present:
+            save_policy(policy, processor, folder)
+            (folder / "outdated").touch()
+        for leftover in (".tmp", ".old"):
+            left = folder.with_name(folder.name + leftover)
+            left.mkdir()
+            (left / "half").touch()
+        save_policy(policy, processor, folder)
+        assert not {"half", "outdated"} & {file.name for file in folder.iterdir()}
+        assert list(tmp_path.glob("*.tmp")) == list(tmp_path.glob("*.old")) == []
+        again = build_policy(PolicySpec(str(folder))).state_dict()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in policy.state_dict().items())
+
+
 class Planted:
     """Writes a file when unpickled."""
 

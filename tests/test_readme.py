@@ -68,10 +68,13 @@ def test_the_class_has_six_lines_and_the_yaml_four():
 def test_the_python_example_trains(swap):
     example = blocks("python")[1]
     assert len(example[example.index("seed_everything(1)") :].splitlines()) == 10
+    shipped = yaml.safe_load((ROOT / "configs" / "rlvr.yaml").read_text())
+    # The example runs as long, on as many rows, as the YAML that it follows.
+    max_steps, num_train = shipped["trainer"]["max_steps"], shipped["data"]["init_args"]["num_train"]
     smaller = {
         '"assets/sft"': repr(str(ROOT / "assets" / "sft")),
-        "max_steps=80": "max_steps=1, accelerator='cpu', enable_progress_bar=False, logger=False",
-        "num_train=1280": "num_train=2, num_validation=2",
+        f"max_steps={max_steps}": "max_steps=1, accelerator='cpu', enable_progress_bar=False, logger=False",
+        f"num_train={num_train}": "num_train=2, num_validation=2",
         "batch_size=8)": "batch_size=2)",
         "reward=BriefReward()": "reward=BriefReward(), num_rollouts=2",
         "max_tokens=112": "max_tokens=16",

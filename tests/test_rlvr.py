@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import modules.rlvr
 from callbacks import Completions, StructuralProxies
 from modules.rlvr import RLVRModule
+from prism_pl.aggregation import aggregate
 from prism_pl.groups import shuffled_minibatches
 from prism_pl.logprobs import token_logps
 from prism_pl.policy import PolicySpec, build_policy
@@ -26,6 +27,7 @@ from tests.stubs import (
     Gradients,
     Rows,
     ScriptedEngine,
+    drift,
     equal,
     fit,
     scalars,
@@ -181,15 +183,17 @@ class InTurn:
 
 @pytest.mark.parametrize("kl", [KLPenalty(0.1), KLPenalty(0.1, kind="k3"), KLPenalty(0.1, "reward", "k1")])
 def test_a_kl_penalty_pulls_back_to_the_start(random_policy, tmp_path, kl):
-    stepped = []
+    rows, moved = make_examples(8), {}
     for penalty in (None, kl):
-        module = make(random_policy, [R, W], kl=penalty, lr=0.5)
-        _, record = fit(module, Rows(make_examples(8)), tmp_path, max_steps=3)
-        stepped.append(weights(module.policy))
+        # Centred rewards only: two rewards divided by their std are +-0.71 whatever a penalty takes off.
+        module = make(random_policy, [R, W], kl=penalty, lr=0.1, scale="none")
+        _, record = fit(module, Rows(rows), tmp_path, max_steps=4)
+        moved[penalty] = drift(module, rows[:2], [R, W])
     # Nothing to pull at before the first step has moved the policy.
     assert record.steps[0]["rlvr/kl"] == pytest.approx(0, abs=1e-6)
     assert abs(record.steps[2]["rlvr/kl"]) > 1e-3
-    assert not equal(*stepped)
+    print("DRIFT", kl, moved)
+    assert moved[kl] < 0.9 * moved[None]
 
 
 def test_the_tags_stand_in_the_event_files(random_policy, tmp_path):
@@ -230,6 +234,24 @@ def test_a_non_finite_reward_or_loss_stops_before_a_step(random_policy, tmp_path
 class Broken(PolicyLoss):
     def __call__(self, logps_BT, old_logps_BT, advantages, mask_BT, denominator=None, weights_BT=None):
         return logps_BT.sum() * float("inf"), {"num_tokens": mask_BT.sum()}
+
+
+class Bare(PolicyLoss):
+    """A loss of one's own that tells nothing about itself."""
+
+    def __call__(self, logps_BT, old_logps_BT, advantages, mask_BT, denominator=None, weights_BT=None):
+        return aggregate(-advantages[:, None] * logps_BT, mask_BT, self.aggregation, denominator), {}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "micro_batch_tokens": 300, "updates_per_batch": 2}])
+def test_a_loss_of_ones_own_need_not_give_metrics(random_policy, tmp_path, options):
+    module = make(random_policy, [R, W], policy_loss=Bare(), **options)
+    module.configure_model()
+    before = weights(module.policy)
+    _, record = fit(module, Rows(make_examples(2)), tmp_path)
+    assert not equal(weights(module.policy), before)
+    assert record.steps[0]["rlvr/entropy"] > 0
+    assert "rlvr/num_tokens" not in record.steps[0]
 
 
 def test_what_a_step_returns(random_policy, tmp_path):
