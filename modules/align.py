@@ -26,7 +26,7 @@ from prism_pl.optim import Schedule, check_finite, clip_gradients, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.policy_loss import PolicyLoss, ReleasedGRPO
-from prism_pl.prompts import PromptBatch, PromptCollator, demonstration
+from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.batch import rollout_batch
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_training_sampling
 from prism_pl.rollout_stage import (
@@ -182,6 +182,8 @@ class AdversarialAlignModule(LightningModule):
             training=training,
             micro_batch_tokens=self.numerics.micro_batch_tokens,
         )
+        first = scores.valid_B[: len(batch)].tolist()
+        check_demonstration_lengths(batch.examples, first, self.discriminator.max_segment_tokens)
         if self.score_clip is not None:
             scores.by_expert = {e: soft_clip(s, self.score_clip) for e, s in scores.by_expert.items()}
         return scores.take(range(num_prompts, num_prompts + len(rollouts))), scores.take(prompt_of)

@@ -21,7 +21,7 @@ from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, 
 from prism_pl.losses import bradley_terry, score_l2, soft_clip
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.prompts import PromptBatch, PromptCollator, demonstration
+from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
 from prism_pl.strategy import check_trainer, share
 
@@ -115,6 +115,8 @@ class DiscriminatorModule(LightningModule):
             training=training,
             micro_batch_tokens=self.micro_batch_tokens,
         )
+        first = scores.valid_B[: len(batch)].tolist()
+        check_demonstration_lengths(batch.examples, first, self.discriminator.max_segment_tokens)
         if self.score_clip is not None:
             scores.by_expert = {e: soft_clip(s, self.score_clip) for e, s in scores.by_expert.items()}
         return scores.take(pair_prompt), scores.take(range(len(batch), len(batch) + len(pair_prompt)))

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import modules.align
 from callbacks import Completions, RewardGap, StructuralProxies
 from modules.align import AdversarialAlignModule
+from prism_pl.chat import render
 from prism_pl.discriminator import TwoHeadDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import PolicyLoss
@@ -39,12 +40,12 @@ def make(
     torch.manual_seed(0)
     discriminator = partial(BoldDiscriminator, path=path, init_heads=True, dropout=0.0, max_segment_tokens=100)
     settings: dict[str, Any] = {"rollout": ScriptedEngine(texts), "num_rollouts": 2, "max_grad_norm": None}
+    settings["sampling"] = Sampling(max_tokens=60)
     return AdversarialAlignModule(
         PolicySpec(path),
         discriminator,
         policy_optimizer=partial(kind, lr=lr),
         discriminator_optimizer=partial(kind, lr=discriminator_lr),
-        sampling=Sampling(max_tokens=60),
         **(settings | options),
     )
 
@@ -173,7 +174,7 @@ def test_the_tags_stand_in_the_event_files(random_policy, tmp_path):
     names = "discriminator_loss policy_loss malformed response_length truncated entropy kl lr tokens"
     tags = [f"align/{name}" for name in (*names.split(), "val_accuracy", "val_format")]
     tags += [f"align/grad_norm/{name}" for name in ("policy", "discriminator")]
-    for kind in ("reward_gap", "discriminator_accuracy", "score_std", "val_reward_gap", "capped"):
+    for kind in ("reward_gap", "discriminator_accuracy", "score_std", "val_reward_gap", "too_long"):
         tags += [f"align/{kind}/{expert}" for expert in EXPERTS]
     for proxy in ("descriptive_items", "reasoning_steps"):
         tags += [f"proxies/{proxy}/{what}" for what in ("policy", "supervision", "distance")]
@@ -306,3 +307,16 @@ def test_rows_without_a_demonstration_or_with_a_malformed_one_are_named(random_p
         fit(make(random_policy), Rows([rows[0], replace(rows[1], response=None)]), tmp_path)
     with pytest.raises(ValueError, match="row 'row-1': the demonstration is malformed"):
         fit(make(random_policy), Rows([rows[0], replace(rows[1], response=MALFORMED)]), tmp_path)
+
+
+def test_a_demonstration_over_the_cap_is_named_and_a_rollout_over_it_is_not_judged(random_policy, tmp_path):
+    long = render("- red 3\n" * 60, "1. 3 + 7 = 10", "10")
+    rows = make_examples(2)
+    with pytest.raises(ValueError, match=r"row 'row-1': a segment .* max_segment_tokens=100, .*: raise model\.init_args"):
+        fit(make(random_policy), Rows([rows[0], replace(rows[1], response=long)]), tmp_path)
+    _, record = fit(make(random_policy, [RIGHT, long], sampling=Sampling(max_tokens=2000)), Rows(rows), tmp_path)
+    assert record.outputs[0]["valid"].tolist() == [[True, False]] * 2
+    assert record.steps[0]["align/malformed"] == 0.5
+    # Two demonstrations and four rollouts, two of them long.
+    assert record.steps[0]["align/too_long/perception"] == pytest.approx(2 / 6)
+    assert record.steps[0]["align/too_long/reasoning"] == 0.0

@@ -247,3 +247,12 @@ def test_bad_input_stops_with_the_row_or_the_option(random_policy):
     module.log = lambda *_, **__: None
     with pytest.raises(ValueError, match=r"warmup/loss is not finite .* row-0"):
         module.training_step(module.collator(make_examples(2)), 0)
+
+
+def test_a_demonstration_over_the_cap_stops_with_the_row(random_policy):
+    module = make_module(random_policy, ScriptedEngine())
+    module.configure_model()
+    rows = make_examples(2)
+    rows[1] = replace(rows[1], response=render("- red 3\n" * 200, "1. 3 + 7 = 10", "10"))
+    with pytest.raises(ValueError, match=r"row 'row-1': a segment of the demonstration .* max_segment_tokens=200"):
+        module(module.collator(rows), [[ROLLOUT], [ROLLOUT]], training=False)
