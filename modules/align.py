@@ -21,7 +21,8 @@ from prism_pl.batch import SequenceBatch
 from prism_pl.chat import EXPERTS, parse
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
-from prism_pl.losses import bradley_terry, score_l2, soft_clip
+from prism_pl.discriminator_loss import discriminator_loss
+from prism_pl.losses import soft_clip
 from prism_pl.optim import Schedule, check_finite, clip_gradients, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
@@ -244,17 +245,8 @@ class AdversarialAlignModule(LightningModule):
         self.log("align/grad_norm/discriminator", norm, batch_size=1)
 
     def _discriminator_loss(self, batch: PromptBatch, rollouts: Sequence[Rollout]) -> Tensor:
-        """Bradley-Terry of each expert over valid rollouts (eq. 2), plus the release's mean squared score."""
         rolled, chosen = self._scores(batch, rollouts, training=True)
-        valid_B = rolled.valid_B
-        denominator = share(valid_B.sum())
-        losses, terms = [rolled.aux_loss], []
-        for expert in self.discriminator.experts:
-            pair = chosen.by_expert[expert], rolled.by_expert[expert]
-            losses.append(bradley_terry(*pair, valid_B, self.label_smoothing, denominator)[0])
-            terms += pair
-        losses.append(score_l2(terms, valid_B, self.score_l2, denominator)[0])
-        return torch.stack(losses).sum()
+        return discriminator_loss(chosen, rolled, self.label_smoothing, self.score_l2)[0]
 
     def _policy_step(self, batch: PromptBatch) -> None:
         optimizer: Any = self.optimizers()[0]  # type: ignore[index]

@@ -18,12 +18,13 @@ from torchmetrics import MeanMetric
 from prism_pl.batch import Example
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
-from prism_pl.losses import bradley_terry, score_l2, soft_clip
+from prism_pl.discriminator_loss import discriminator_loss
+from prism_pl.losses import soft_clip
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
-from prism_pl.strategy import check_trainer, share
+from prism_pl.strategy import check_trainer
 
 
 class DiscriminatorModule(LightningModule):
@@ -129,16 +130,11 @@ class DiscriminatorModule(LightningModule):
         rejected = self._rejected(batch.examples)
         chosen, rolled = self(batch, rejected, training=True)
         valid_B = rolled.valid_B
-        denominator = share(valid_B.sum())
-        losses = []
-        for expert in self.discriminator.experts:
-            pair = chosen.by_expert[expert], rolled.by_expert[expert]
-            loss, metrics = bradley_terry(*pair, valid_B, self.label_smoothing, denominator)
-            losses += [loss, score_l2(pair, valid_B, self.score_l2, denominator)[0]]
+        loss, told = discriminator_loss(chosen, rolled, self.label_smoothing, self.score_l2)
+        check_finite(loss, "warmup/loss", batch.ids)
+        for expert, metrics in told.items():
             for name in ("accuracy", "margin"):
                 self._log(f"warmup/pair_{name}/{expert}", metrics[name])
-        loss = torch.stack(losses).sum() + rolled.aux_loss
-        check_finite(loss, "warmup/loss", batch.ids)
         self._log("warmup/loss", loss.detach(), prog_bar=True)
         self._log("warmup/malformed", 1 - valid_B.float().mean())
         self._log("warmup/pairs", valid_B.float().sum())

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import modules.align
 from callbacks import Completions, RewardGap, StructuralProxies
 from modules.align import AdversarialAlignModule
 from prism_pl.chat import render
@@ -197,7 +196,7 @@ def test_a_non_finite_loss_stops_before_either_player_steps(random_policy, tmp_p
 
     module = make(random_policy)
     module.configure_model()
-    monkeypatch.setattr(modules.align, "score_l2", lambda terms, *_: (sum(terms).sum() * float("nan"), {}))
+    monkeypatch.setattr("prism_pl.discriminator_loss.score_l2", lambda terms, *_: (sum(terms).sum() * float("nan"), {}))
     with pytest.raises(ValueError, match=r"align/discriminator_loss is not finite .*row-0, row-1"):
         fit(module, Rows(make_examples(2)), tmp_path)
     assert equal(weights(module.policy), before[0])

@@ -170,10 +170,11 @@ def test_the_loss_is_the_mean_over_pairs_of_both_experts(random_policy):
     expected = torch.tensor(0.0)
     for expert in ("perception", "reasoning"):
         plus, minus = chosen.by_expert[expert][[0, 2]], rolled.by_expert[expert][[0, 2]]
-        # -(0.9 log s(m) + 0.1 log s(-m)), and 0.5 x the mean square of both sides' scores, over the two valid pairs.
+        # -(0.9 log s(m) + 0.1 log s(-m)) over the two valid pairs, and 0.5 x a quarter of the mean squares of four terms:
+        # demonstrations over all four rows, rollouts over the valid two.
         m = plus - minus
         expected += (0.9 * torch.log1p((-m).exp()) + 0.1 * torch.log1p(m.exp())).sum() / 2
-        expected += 0.5 * (plus.square() + minus.square()).sum() / 4
+        expected += 0.5 * (chosen.by_expert[expert].square().sum() / 4 + minus.square().sum() / 2) / 4
     torch.testing.assert_close(loss.detach(), expected, atol=1e-5, rtol=0)
     assert float(logged["warmup/pair_accuracy/reasoning"]) in (0.0, 0.5, 1.0)
 
