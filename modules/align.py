@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from prism_pl.advantages import paper_advantages, released_advantages
 from prism_pl.aggregation import Metrics
 from prism_pl.batch import SequenceBatch
+from prism_pl.batch_draws import BatchDraws
 from prism_pl.chat import EXPERTS, parse
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
@@ -261,6 +263,9 @@ class AdversarialAlignModule(LightningModule):
             shown = name == "accuracy"
             self.log(f"align/val_{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
         return self._output(batch, rollouts, scores, demonstration_scores)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
         policy = self.policy_optimizer(p for p in self.policy.parameters() if p.requires_grad)

@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prism_pl.batch import Example, SequenceBatch, micro_batches
+from prism_pl.batch_draws import BatchDraws
 from prism_pl.logprobs import token_logps
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy, save_policy
@@ -114,6 +116,9 @@ class SFTModule(LightningModule):
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         tokens = int(batch.mask_BT.sum())
         self.log("sft/val_loss", self(batch) / tokens, batch_size=tokens, prog_bar=True, sync_dist=True)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)

@@ -5,17 +5,20 @@ Launch: python -m prism_pl fit --config warmup.yaml
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from prism_pl.batch import Example
+from prism_pl.batch_draws import BatchDraws
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
@@ -127,7 +130,7 @@ class DiscriminatorModule(LightningModule):
         self._start_engine()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
-        rejected = self._rejected(batch.examples)
+        rejected = self._rejected(batch.examples, self.sampling)
         chosen, rolled = self(batch, rejected, training=True)
         valid_B = rolled.valid_B
         loss, told = discriminator_loss(chosen, rolled, self.label_smoothing, self.score_l2)
@@ -145,7 +148,9 @@ class DiscriminatorModule(LightningModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         new = [example for example in batch.examples if example.id not in self._held_out]
         # The policy is frozen: held-out rollouts are drawn once, and accuracies of different steps compare.
-        self._held_out.update(zip([example.id for example in new], self._rejected(new), strict=True))
+        # A seed of their own, so that a resumed run has the same ones and training draws go on undisturbed.
+        sampling = replace(self.sampling, seed=batch_idx)
+        self._held_out.update(zip([example.id for example in new], self._rejected(new, sampling), strict=True))
         chosen, rolled = self(batch, [self._held_out[i] for i in batch.ids], training=False)
         for expert, metric in self.held_out_accuracy.items():
             margin_B = (chosen.by_expert[expert] - rolled.by_expert[expert])[rolled.valid_B]
@@ -165,6 +170,9 @@ class DiscriminatorModule(LightningModule):
                 f"the ceiling {self.ceiling}; beyond it the discriminator saturates and teaches the policy nothing."
             )
             self.trainer.should_stop = True
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(p for p in self.discriminator.parameters() if p.requires_grad)
@@ -200,10 +208,10 @@ class DiscriminatorModule(LightningModule):
         if self._engine_state is not None:
             self.rollout.load_state_dict(self._engine_state)
 
-    def _rejected(self, examples: Sequence[Example]) -> list[list[str]]:
+    def _rejected(self, examples: Sequence[Example], sampling: Sampling) -> list[list[str]]:
         """For each row its own rejected response, or else rollouts of the policy."""
         unpaired = [example for example in examples if example.rejected is None]
-        rollouts = self.rollout.generate(unpaired, self.num_rollouts, self.sampling) if unpaired else []
+        rollouts = self.rollout.generate(unpaired, self.num_rollouts, sampling) if unpaired else []
         texts = iter([rollout.text for rollout in rollouts])
         return [
             [next(texts) for _ in range(self.num_rollouts)] if example.rejected is None else [example.rejected]

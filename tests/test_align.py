@@ -33,11 +33,12 @@ def make(
     lr: float = 0.1,
     discriminator_lr: float = 0.1,
     kind: Any = SGD,
+    dropout: float = 0.0,
     **options: Any,
 ) -> AdversarialAlignModule:
     """A module with a discriminator whose random heads are large, so that scores differ well above rounding."""
     torch.manual_seed(0)
-    discriminator = partial(BoldDiscriminator, path=path, init_heads=True, dropout=0.0, max_segment_tokens=100)
+    discriminator = partial(BoldDiscriminator, path=path, init_heads=True, dropout=dropout, max_segment_tokens=100)
     settings: dict[str, Any] = {"rollout": ScriptedEngine(texts), "num_rollouts": 2, "max_grad_norm": None}
     settings["sampling"] = Sampling(max_tokens=60)
     return AdversarialAlignModule(
@@ -258,13 +259,16 @@ def test_the_reference_stays_and_is_left_out_of_the_checkpoint(random_policy, tm
 def test_a_resumed_run_is_the_uninterrupted_one(random_policy, tmp_path):
     rows = make_examples(8)
     options: dict[str, Any] = {"kind": torch.optim.AdamW, "lr": 1e-3, "discriminator_lr": 1e-3, "kl": KLPenalty(0.01)}
-    options |= {"schedule": "cosine", "rollout": None}
+    options |= {"schedule": "cosine", "rollout": None, "dropout": 0.1}
 
     def run(ckpt=None):
         module = make(random_policy, **(options | {"rollout": SamplingEngine()}))
         saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        loader = Rows(rows, resumable=True)
-        trainer, record = fit(module, loader, tmp_path, [saving], ckpt, max_steps=5, enable_checkpointing=True)
+        loader = Rows(rows, make_examples(2), resumable=True)
+        # Held-out batches draw between training batches, at other times after a resume.
+        validation = {"limit_val_batches": 1, "val_check_interval": 2 if ckpt is None else 1}
+        settings = {"max_steps": 5, "enable_checkpointing": True} | validation
+        trainer, record = fit(module, loader, tmp_path, [saving], ckpt, **settings)
         assert trainer.global_step == 5
         return module, [output["rollouts"] for output in record.outputs]
 
