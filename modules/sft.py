@@ -11,12 +11,13 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from prism_pl.batch import Example, SequenceBatch, micro_batches
 from prism_pl.batch_draws import BatchDraws
 from prism_pl.logprobs import token_logps
-from prism_pl.optim import Schedule, check_finite, lr_scheduler
+from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.processor import Processor
 from prism_pl.strategy import check_trainer, share
@@ -86,6 +87,7 @@ class SFTModule(LightningModule):
         self.processor = policy.processor()
         self.collator = SFTCollator(self.processor, max_length)
         self.policy: Any = None
+        self._rows: list[str] = []
 
     def configure_model(self) -> None:
         if self.policy is None:
@@ -100,11 +102,15 @@ class SFTModule(LightningModule):
         check_trainer(self.trainer)
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        self._rows = batch.ids
         loss = self._nll_sum(batch) / share(batch.mask_BT.sum())
         check_finite(loss, "sft/loss", batch.ids)
         self.log("sft/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self.log("sft/tokens", float(batch.num_tokens), reduce_fx="sum")
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        check_gradients(self.policy.parameters(), "the policy's gradient norm", self._rows)
 
     def _nll_sum(self, batch: SequenceBatch) -> Tensor:
         pieces = [piece for _, piece in micro_batches(batch, self.micro_batch_tokens)]

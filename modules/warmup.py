@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from prism_pl.batch import Example
@@ -23,7 +24,7 @@ from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.losses import soft_clip
-from prism_pl.optim import Schedule, check_finite, lr_scheduler
+from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
@@ -89,6 +90,7 @@ class DiscriminatorModule(LightningModule):
         self.processor = policy.processor()
         self.policy: Any = None
         self.discriminator: Any = None
+        self._rows: list[str] = []
         self._held_out: dict[str, list[str]] = {}
         self._engine_state: dict[str, Any] | None = None
 
@@ -130,6 +132,7 @@ class DiscriminatorModule(LightningModule):
         self._start_engine()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        self._rows = batch.ids
         rejected = self._rejected(batch.examples, self.sampling)
         chosen, rolled = self(batch, rejected, training=True)
         valid_B = rolled.valid_B
@@ -144,6 +147,9 @@ class DiscriminatorModule(LightningModule):
         for name, value in rolled.diagnostics.items():
             self._log(f"warmup/{name}", value)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        check_gradients(self.discriminator.parameters(), "the discriminator's gradient norm", self._rows)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         new = [example for example in batch.examples if example.id not in self._held_out]

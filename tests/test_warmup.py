@@ -278,3 +278,13 @@ def test_held_out_rollouts_are_the_same_after_a_resume_and_take_no_training_draw
     resumed, _ = run(file, max_steps=4, val_check_interval=2, num_sanity_val_steps=0)
     assert resumed._held_out == module._held_out
     assert resumed.rollout.state_dict()["num_draws"] == 4
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_the_rows(random_policy, tmp_path):
+    module = make_module(random_policy, ScriptedEngine())
+    module.configure_model()
+    before = {name: w.clone() for name, w in module.discriminator.named_parameters()}
+    module.discriminator.heads["reasoning"].weight.register_hook(lambda grad: grad + math.inf)
+    with pytest.raises(ValueError, match=r"the discriminator's gradient norm is not finite \(inf\) .* row-0, row-1"):
+        fit(module, Rows(make_examples(2), make_examples(2)), tmp_path, gradient_clip_val=1.0)
+    assert all(torch.equal(w, before[name]) for name, w in module.discriminator.named_parameters())
