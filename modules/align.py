@@ -34,6 +34,7 @@ from prism_pl.rollout.batch import rollout_batch
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_training_sampling
 from prism_pl.rollout_stage import (
     check_counts,
+    check_max_norms,
     held_out_parts,
     held_out_rollouts,
     length_summary,
@@ -105,6 +106,9 @@ class AdversarialAlignModule(LightningModule):
         check_training_sampling(sampling)
         steps = {"discriminator_every": discriminator_every, "discriminator_steps": discriminator_steps}
         check_counts({"num_rollouts": num_rollouts, **steps})
+        check_max_norms(
+            {"max_grad_norm": max_grad_norm, "discriminator_max_grad_norm": discriminator_max_grad_norm}
+        )
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha is {alpha}: the weight of the perception expert, give 0 to 1")
         self.spec, self.freeze_patterns = policy, freeze

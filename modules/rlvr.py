@@ -29,6 +29,7 @@ from prism_pl.rollout.batch import rollout_batch
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_training_sampling
 from prism_pl.rollout_stage import (
     check_counts,
+    check_max_norms,
     check_overlong,
     held_out_parts,
     held_out_rollouts,
@@ -109,6 +110,7 @@ class RLVRModule(LightningModule):
         self.automatic_optimization = False
         check_training_sampling(sampling)
         check_counts({"updates_per_batch": updates_per_batch, "num_minibatches": num_minibatches})
+        check_max_norms({"max_grad_norm": max_grad_norm})
         if num_rollouts < 2:
             raise ValueError(f"num_rollouts is {num_rollouts}: a rollout is judged against its group, give at least 2")
         if num_prompts is not None:

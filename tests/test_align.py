@@ -294,6 +294,8 @@ def test_bad_options_are_refused(random_policy):
         ({"num_rollouts": 0}, "num_rollouts is 0"),
         ({"discriminator_every": 0}, "discriminator_every is 0"),
         ({"discriminator_steps": 0}, "discriminator_steps is 0"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0: give a positive norm"),
+        ({"discriminator_max_grad_norm": -1.0}, r"discriminator_max_grad_norm is -1\.0"),
         ({"alpha": 1.5}, r"alpha is 1\.5"),
     ):
         with pytest.raises(ValueError, match=message):
