@@ -60,8 +60,8 @@ class Scores:
         by_expert: (B,) each; NaN where `valid_B` is False: mask before use.
         valid_B: True where a response has segments: well-formed, and none over the cap.
         aux_loss: to be added to the discriminator's loss as it stands.
-        diagnostics: scalars for the logs, among them `too_long/<expert>`, the share of well-formed responses (demonstrations
-            included) whose segment is over the cap.
+        diagnostics: scalars for the logs, among them `too_long/<expert>`, the share of well-formed responses
+            (demonstrations included) whose segment is over the cap.
     """
 
     by_expert: dict[str, Tensor]
@@ -261,7 +261,11 @@ class TwoHeadDiscriminator(Discriminator):
         """Mean log-likelihood (nats a token) of each segment, so that length alone is worth nothing."""
         embeddings = self.model.get_input_embeddings()
         mask_NT = sequences.mask_BT
-        stats = response_logps(hidden_NSH, sequences, lambda hidden: nn.functional.linear(hidden, embeddings.weight))
+        # In float32 also under bf16 autocast, as the heads: a false word among forty moves the mean by little.
+        with torch.autocast(hidden_NSH.device.type, enabled=False):
+            stats = response_logps(
+                hidden_NSH, sequences, lambda hidden: nn.functional.linear(hidden.float(), embeddings.weight.float())
+            )
         return stats.logps_BT.sum(-1) / mask_NT.sum(-1)
 
     def save(self, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:

@@ -11,7 +11,7 @@ import torch
 from prism_pl.batch import Example
 from prism_pl.chat import Parsed, parse, render, segments
 from prism_pl.discriminator import Discriminator, RowScores, TwoHeadDiscriminator, evaluating, score, score_texts
-from prism_pl.policy import PolicySpec
+from prism_pl.policy import PolicySpec, hidden_states
 from prism_pl.segments import segment_batch, segment_ids
 from tests.conftest import DEMONSTRATION, make_examples
 
@@ -97,7 +97,9 @@ def test_the_last_tokens_cannot_win_whichever_side_is_longer_than_the_cap(blank_
 
 
 def longest_segment(processor, *responses: str) -> int:
-    return max(len(segment_ids(processor, text)) for response in responses for text in segments(parse(response)).values())
+    return max(
+        len(segment_ids(processor, text)) for response in responses for text in segments(parse(response)).values()
+    )
 
 
 def test_one_segment_over_the_cap_by_one_token_leaves_the_whole_response_out(blank_policy):
@@ -109,7 +111,6 @@ def test_one_segment_over_the_cap_by_one_token_leaves_the_whole_response_out(bla
         shares = [float(scores.diagnostics[f"too_long/{expert}"]) for expert in ("perception", "reasoning")]
         # The think block is the longer one: of the two well-formed responses it alone is over the cap.
         assert shares == ([0.0, 0.0] if fits else [0.0, 0.5])
-
 
 
 def test_a_text_that_stands_twice_is_scored_once_and_means_are_over_sequences(blank_policy):
@@ -222,6 +223,19 @@ def test_first_scores_are_small_and_every_part_gets_a_gradient(random_policy):
     torch.nn.functional.softplus(-gaps).sum().backward()
     without = [n for n, p in fresh.named_parameters() if p.grad is None or not bool(p.grad.abs().max() > 0)]
     assert without == []
+
+
+def test_likelihoods_are_float32_under_autocast(random_policy):
+    weighing = TwoHeadDiscriminator(random_policy, init_heads=True, likelihood_weight=1.0)
+    prompts = prompts_of(weighing, make_examples(1))
+    texts = {"perception": ["<caption> red"], "reasoning": ["<think> 3"]}
+    sequences = segment_batch(weighing.processor, prompts, texts, [0], 200).sequences
+    with torch.no_grad():
+        hidden_NSH = hidden_states(weighing.model, sequences)
+        plain_N = weighing._mean_logps(hidden_NSH, sequences)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast_N = weighing._mean_logps(hidden_NSH, sequences)
+    assert torch.equal(autocast_N, plain_N)
 
 
 def test_save_and_load_give_the_same_scores(discriminator, tmp_path):
