@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
@@ -106,9 +105,7 @@ class AdversarialAlignModule(LightningModule):
         check_training_sampling(sampling)
         steps = {"discriminator_every": discriminator_every, "discriminator_steps": discriminator_steps}
         check_counts({"num_rollouts": num_rollouts, **steps})
-        check_max_norms(
-            {"max_grad_norm": max_grad_norm, "discriminator_max_grad_norm": discriminator_max_grad_norm}
-        )
+        check_max_norms({"max_grad_norm": max_grad_norm, "discriminator_max_grad_norm": discriminator_max_grad_norm})
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha is {alpha}: the weight of the perception expert, give 0 to 1")
         self.spec, self.freeze_patterns = policy, freeze

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 
 
 class BatchDraws(Callback):
-    """Makes the draws of a training batch a function of the run's seed, the rank and the batch's number over all epochs,
-    as the rollout engine's are of its own count.
+    """Makes the draws of a training batch a function of the run's seed, the rank and the batch's number over all
+    epochs, as the rollout engine's are of its own count.
 
     The seed is torch's at the start of the run (so `seed_everything` sets it) and lies in the checkpoint. Saved
     generator states would not do: a sanity check, a validation or a loader's workers draw from the same generators, and

@@ -12,8 +12,8 @@ from prism_pl.strategy import global_sum, share
 def discriminator_loss(
     chosen: Scores, rolled: Scores, label_smoothing: float, l2: float
 ) -> tuple[Tensor, dict[str, Metrics]]:
-    """Bradley-Terry of each expert (eq. 2), summed over the experts; the release's mean squared score, averaged over its
-    four terms; and the discriminator's own `aux_loss`. Counts are those of the whole step, over all ranks.
+    """Bradley-Terry of each expert (eq. 2), summed over the experts; the release's mean squared score, averaged over
+    its four terms; and the discriminator's own `aux_loss`. Counts are those of the whole step, over all ranks.
 
     The release takes every mean of the squared score over all B rollouts, for it scores malformed ones too. Here a
     malformed rollout has no score, so (ours) the two terms of rollouts are means over the valid ones. The two terms of

@@ -111,8 +111,8 @@ def score_l2(
     """Keep scores near 0: `coefficient x mean squared score`, each term's own mean, averaged over the terms.
 
     Bradley-Terry sees only differences, so absolute scores drift; this holds them. The release has four terms (each
-    expert's scores of demonstrations and of rollouts), each a mean over all rollouts, divided by 4. What the terms count
-    is decided by `prism_pl.discriminator_loss`.
+    expert's scores of demonstrations and of rollouts), each a mean over all rollouts, divided by 4. What each
+    term counts is decided by `prism_pl.discriminator_loss`.
 
     Args:
         scores: one (B,) tensor a term.

@@ -317,7 +317,9 @@ def test_rows_without_a_demonstration_or_with_a_malformed_one_are_named(random_p
 def test_a_demonstration_over_the_cap_is_named_and_a_rollout_over_it_is_not_judged(random_policy, tmp_path):
     long = render("- red 3\n" * 60, "1. 3 + 7 = 10", "10")
     rows = make_examples(2)
-    with pytest.raises(ValueError, match=r"row 'row-1': a segment .* max_segment_tokens=100, .*: raise model\.init_args"):
+    with pytest.raises(
+        ValueError, match=r"row 'row-1': a segment .* max_segment_tokens=100, .*: raise model\.init_args"
+    ):
         fit(make(random_policy), Rows([rows[0], replace(rows[1], response=long)]), tmp_path)
     _, record = fit(make(random_policy, [RIGHT, long], sampling=Sampling(max_tokens=2000)), Rows(rows), tmp_path)
     assert record.outputs[0]["valid"].tolist() == [[True, False]] * 2

@@ -171,7 +171,7 @@ def test_the_loss_is_the_mean_over_pairs_of_both_experts(random_policy):
     expected = torch.tensor(0.0)
     for expert in ("perception", "reasoning"):
         plus, minus = chosen.by_expert[expert][[0, 2]], rolled.by_expert[expert][[0, 2]]
-        # -(0.9 log s(m) + 0.1 log s(-m)) over the two valid pairs, and 0.5 x a quarter of the mean squares of four terms:
+        # -(0.9 log s(m) + 0.1 log s(-m)) over the two valid pairs, and 0.5 x the mean of four mean squares:
         # demonstrations over all four rows, rollouts over the valid two.
         m = plus - minus
         expected += (0.9 * torch.log1p((-m).exp()) + 0.1 * torch.log1p(m.exp())).sum() / 2
@@ -185,7 +185,10 @@ def test_a_rejected_response_in_the_row_is_used_instead_of_a_rollout(random_poli
     module = make_module(random_policy, engine, num_rollouts=2)
     engine.started = True
     one, two = make_examples(2)
-    assert module._rejected([replace(one, rejected="its own"), two], module.sampling) == [["its own"], [ROLLOUT, DEMONSTRATION]]
+    assert module._rejected([replace(one, rejected="its own"), two], module.sampling) == [
+        ["its own"],
+        [ROLLOUT, DEMONSTRATION],
+    ]
     assert engine.num_drawn == 2
 
 
