@@ -10,27 +10,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from prism_pl.advantages import paper_advantages, released_advantages
 from prism_pl.aggregation import Metrics
 from prism_pl.batch import SequenceBatch
+from prism_pl.batch_draws import BatchDraws
 from prism_pl.chat import EXPERTS, parse
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
-from prism_pl.losses import bradley_terry, score_l2, soft_clip
+from prism_pl.discriminator_loss import discriminator_loss
+from prism_pl.losses import soft_clip
 from prism_pl.optim import Schedule, check_finite, clip_gradients, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.policy_loss import PolicyLoss, ReleasedGRPO
-from prism_pl.prompts import PromptBatch, PromptCollator, demonstration
+from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.batch import rollout_batch
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_training_sampling
 from prism_pl.rollout_stage import (
     check_counts,
+    check_max_norms,
     held_out_parts,
     held_out_rollouts,
     length_summary,
@@ -102,6 +105,7 @@ class AdversarialAlignModule(LightningModule):
         check_training_sampling(sampling)
         steps = {"discriminator_every": discriminator_every, "discriminator_steps": discriminator_steps}
         check_counts({"num_rollouts": num_rollouts, **steps})
+        check_max_norms({"max_grad_norm": max_grad_norm, "discriminator_max_grad_norm": discriminator_max_grad_norm})
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha is {alpha}: the weight of the perception expert, give 0 to 1")
         self.spec, self.freeze_patterns = policy, freeze
@@ -183,6 +187,8 @@ class AdversarialAlignModule(LightningModule):
             training=training,
             micro_batch_tokens=self.numerics.micro_batch_tokens,
         )
+        first = scores.valid_B[: len(batch)].tolist()
+        check_demonstration_lengths(batch.examples, first, self.discriminator.max_segment_tokens)
         if self.score_clip is not None:
             scores.by_expert = {e: soft_clip(s, self.score_clip) for e, s in scores.by_expert.items()}
         return scores.take(range(num_prompts, num_prompts + len(rollouts))), scores.take(prompt_of)
@@ -243,17 +249,8 @@ class AdversarialAlignModule(LightningModule):
         self.log("align/grad_norm/discriminator", norm, batch_size=1)
 
     def _discriminator_loss(self, batch: PromptBatch, rollouts: Sequence[Rollout]) -> Tensor:
-        """Bradley-Terry of each expert over valid rollouts (eq. 2), plus the release's mean squared score."""
         rolled, chosen = self._scores(batch, rollouts, training=True)
-        valid_B = rolled.valid_B
-        denominator = share(valid_B.sum())
-        losses, terms = [rolled.aux_loss], []
-        for expert in self.discriminator.experts:
-            pair = chosen.by_expert[expert], rolled.by_expert[expert]
-            losses.append(bradley_terry(*pair, valid_B, self.label_smoothing, denominator)[0])
-            terms += pair
-        losses.append(score_l2(terms, valid_B, self.score_l2, denominator)[0])
-        return torch.stack(losses).sum()
+        return discriminator_loss(chosen, rolled, self.label_smoothing, self.score_l2)[0]
 
     def _policy_step(self, batch: PromptBatch) -> None:
         optimizer: Any = self.optimizers()[0]  # type: ignore[index]
@@ -268,6 +265,9 @@ class AdversarialAlignModule(LightningModule):
             shown = name == "accuracy"
             self.log(f"align/val_{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
         return self._output(batch, rollouts, scores, demonstration_scores)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
         policy = self.policy_optimizer(p for p in self.policy.parameters() if p.requires_grad)

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from prism_pl.advantages import Scale, group_advantages, groups_with_variance
 from prism_pl.aggregation import Metrics, combine_metrics
 from prism_pl.batch import SequenceBatch
+from prism_pl.batch_draws import BatchDraws
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.groups import Group, GroupBuffer, groups_worth_training, make_groups, shuffled_minibatches
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
@@ -27,6 +29,7 @@ from prism_pl.rollout.batch import rollout_batch
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_training_sampling
 from prism_pl.rollout_stage import (
     check_counts,
+    check_max_norms,
     check_overlong,
     held_out_parts,
     held_out_rollouts,
@@ -107,6 +110,7 @@ class RLVRModule(LightningModule):
         self.automatic_optimization = False
         check_training_sampling(sampling)
         check_counts({"updates_per_batch": updates_per_batch, "num_minibatches": num_minibatches})
+        check_max_norms({"max_grad_norm": max_grad_norm})
         if num_rollouts < 2:
             raise ValueError(f"num_rollouts is {num_rollouts}: a rollout is judged against its group, give at least 2")
         if num_prompts is not None:
@@ -277,6 +281,9 @@ class RLVRModule(LightningModule):
             shown = name == "accuracy"
             self.log(f"rlvr/val_{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
         return self._output(batch, rollouts)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)

@@ -8,14 +8,17 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from prism_pl.batch import Example, SequenceBatch, micro_batches
+from prism_pl.batch_draws import BatchDraws
 from prism_pl.logprobs import token_logps
 from prism_pl.losses import masked_nll
-from prism_pl.optim import Schedule, check_finite, lr_scheduler
+from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.processor import Processor
 from prism_pl.strategy import check_trainer, share
@@ -85,6 +88,7 @@ class SFTModule(LightningModule):
         self.processor = policy.processor()
         self.collator = SFTCollator(self.processor, max_length)
         self.policy: Any = None
+        self._rows: list[str] = []
 
     def configure_model(self) -> None:
         if self.policy is None:
@@ -99,11 +103,15 @@ class SFTModule(LightningModule):
         check_trainer(self.trainer)
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        self._rows = batch.ids
         loss = self._nll_sum(batch) / share(batch.mask_BT.sum())
         check_finite(loss, "sft/loss", batch.ids)
         self.log("sft/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self.log("sft/tokens", float(batch.num_tokens), reduce_fx="sum")
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        check_gradients(self.policy.parameters(), "the policy's gradient norm", self._rows)
 
     def _nll_sum(self, batch: SequenceBatch) -> Tensor:
         pieces = [piece for _, piece in micro_batches(batch, self.micro_batch_tokens)]
@@ -115,6 +123,9 @@ class SFTModule(LightningModule):
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         tokens = int(batch.mask_BT.sum())
         self.log("sft/val_loss", self(batch) / tokens, batch_size=tokens, prog_bar=True, sync_dist=True)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)

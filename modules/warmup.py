@@ -5,25 +5,30 @@ Launch: python -m prism_pl fit --config warmup.yaml
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from prism_pl.batch import Example
+from prism_pl.batch_draws import BatchDraws
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
-from prism_pl.losses import bradley_terry, score_l2, soft_clip
-from prism_pl.optim import Schedule, check_finite, lr_scheduler
+from prism_pl.discriminator_loss import discriminator_loss
+from prism_pl.losses import soft_clip
+from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.prompts import PromptBatch, PromptCollator, demonstration
+from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
-from prism_pl.strategy import check_trainer, share
+from prism_pl.strategy import check_trainer
 
 
 class DiscriminatorModule(LightningModule):
@@ -85,6 +90,7 @@ class DiscriminatorModule(LightningModule):
         self.processor = policy.processor()
         self.policy: Any = None
         self.discriminator: Any = None
+        self._rows: list[str] = []
         self._held_out: dict[str, list[str]] = {}
         self._engine_state: dict[str, Any] | None = None
 
@@ -115,6 +121,8 @@ class DiscriminatorModule(LightningModule):
             training=training,
             micro_batch_tokens=self.micro_batch_tokens,
         )
+        first = scores.valid_B[: len(batch)].tolist()
+        check_demonstration_lengths(batch.examples, first, self.discriminator.max_segment_tokens)
         if self.score_clip is not None:
             scores.by_expert = {e: soft_clip(s, self.score_clip) for e, s in scores.by_expert.items()}
         return scores.take(pair_prompt), scores.take(range(len(batch), len(batch) + len(pair_prompt)))
@@ -124,19 +132,15 @@ class DiscriminatorModule(LightningModule):
         self._start_engine()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
-        rejected = self._rejected(batch.examples)
+        self._rows = batch.ids
+        rejected = self._rejected(batch.examples, self.sampling)
         chosen, rolled = self(batch, rejected, training=True)
         valid_B = rolled.valid_B
-        denominator = share(valid_B.sum())
-        losses = []
-        for expert in self.discriminator.experts:
-            pair = chosen.by_expert[expert], rolled.by_expert[expert]
-            loss, metrics = bradley_terry(*pair, valid_B, self.label_smoothing, denominator)
-            losses += [loss, score_l2(pair, valid_B, self.score_l2, denominator)[0]]
+        loss, told = discriminator_loss(chosen, rolled, self.label_smoothing, self.score_l2)
+        check_finite(loss, "warmup/loss", batch.ids)
+        for expert, metrics in told.items():
             for name in ("accuracy", "margin"):
                 self._log(f"warmup/pair_{name}/{expert}", metrics[name])
-        loss = torch.stack(losses).sum() + rolled.aux_loss
-        check_finite(loss, "warmup/loss", batch.ids)
         self._log("warmup/loss", loss.detach(), prog_bar=True)
         self._log("warmup/malformed", 1 - valid_B.float().mean())
         self._log("warmup/pairs", valid_B.float().sum())
@@ -144,10 +148,15 @@ class DiscriminatorModule(LightningModule):
             self._log(f"warmup/{name}", value)
         return loss
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        check_gradients(self.discriminator.parameters(), "the discriminator's gradient norm", self._rows)
+
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         new = [example for example in batch.examples if example.id not in self._held_out]
         # The policy is frozen: held-out rollouts are drawn once, and accuracies of different steps compare.
-        self._held_out.update(zip([example.id for example in new], self._rejected(new), strict=True))
+        # A seed of their own, so that a resumed run has the same ones and training draws go on undisturbed.
+        sampling = replace(self.sampling, seed=batch_idx)
+        self._held_out.update(zip([example.id for example in new], self._rejected(new, sampling), strict=True))
         chosen, rolled = self(batch, [self._held_out[i] for i in batch.ids], training=False)
         for expert, metric in self.held_out_accuracy.items():
             margin_B = (chosen.by_expert[expert] - rolled.by_expert[expert])[rolled.valid_B]
@@ -167,6 +176,9 @@ class DiscriminatorModule(LightningModule):
                 f"the ceiling {self.ceiling}; beyond it the discriminator saturates and teaches the policy nothing."
             )
             self.trainer.should_stop = True
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(p for p in self.discriminator.parameters() if p.requires_grad)
@@ -198,10 +210,10 @@ class DiscriminatorModule(LightningModule):
         if self._engine_state is not None:
             self.rollout.load_state_dict(self._engine_state)
 
-    def _rejected(self, examples: Sequence[Example]) -> list[list[str]]:
+    def _rejected(self, examples: Sequence[Example], sampling: Sampling) -> list[list[str]]:
         """For each row its own rejected response, or else rollouts of the policy."""
         unpaired = [example for example in examples if example.rejected is None]
-        rollouts = self.rollout.generate(unpaired, self.num_rollouts, self.sampling) if unpaired else []
+        rollouts = self.rollout.generate(unpaired, self.num_rollouts, sampling) if unpaired else []
         texts = iter([rollout.text for rollout in rollouts])
         return [
             [next(texts) for _ in range(self.num_rollouts)] if example.rejected is None else [example.rejected]

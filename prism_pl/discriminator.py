@@ -58,10 +58,11 @@ class Scores:
     """Scores of B responses.
 
     Attributes:
-        by_expert: (B,) each; NaN where the response is malformed (`valid_B` is False): mask before use.
-        valid_B: True where a response has segments.
+        by_expert: (B,) each; NaN where `valid_B` is False: mask before use.
+        valid_B: True where a response has segments: well-formed, and none over the cap.
         aux_loss: to be added to the discriminator's loss as it stands.
-        diagnostics: scalars for the logs, among them `capped/<expert>`, the share of segments that reach the cap.
+        diagnostics: scalars for the logs, among them `too_long/<expert>`, the share of well-formed responses
+            (demonstrations included) whose segment is over the cap.
     """
 
     by_expert: dict[str, Tensor]
@@ -82,7 +83,8 @@ class Discriminator(nn.Module):
     Attributes:
         experts: names, keys of `prism_pl.chat.segments`.
         processor: encodes prompts and segments.
-        max_segment_tokens: longest segment, end token included; longer ones are cut, on both sides alike.
+        max_segment_tokens: longest segment, end token included. Nothing is cut: a response with a longer one counts as
+            malformed, and a demonstration with one stops the run.
     """
 
     experts: tuple[str, ...]
@@ -130,7 +132,7 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
         scores_B = scores_N[row_B.clamp_min(0)]
         by_expert[expert] = torch.where(row_B >= 0, scores_B, torch.full_like(scores_B, torch.nan))
     diagnostics = {name: mean([part.diagnostics[name].detach() for part in parts]) for name in parts[0].diagnostics}
-    diagnostics |= {f"capped/{expert}": value for expert, value in batch.capped.items()}
+    diagnostics |= {f"too_long/{expert}": value for expert, value in batch.too_long.items()}
     return Scores(by_expert, batch.valid_B, mean([part.aux_loss for part in parts]), diagnostics)
 
 
@@ -147,7 +149,7 @@ def score_texts(
 
     Args:
         prompts: P prompts, encoded by the discriminator's processor.
-        responses: as text or parsed; malformed ones get NaN.
+        responses: as text or parsed; malformed ones and those with a segment over the cap get NaN.
         prompt_of: for each response, the index of its prompt.
         training: with gradients and dropout, for the discriminator's own loss. Otherwise in eval mode without
             gradients, for rewards and metrics.
@@ -208,9 +210,14 @@ class TwoHeadDiscriminator(Discriminator):
 
         super().__init__()
         check_policy_path(path, "discriminator.path")
+        if max_segment_tokens is not None and max_segment_tokens < 1:
+            raise ValueError(
+                f"max_segment_tokens is {max_segment_tokens}: give at least 1, or null for the warm start's (4096 anew)"
+            )
         settings = _settings(path, init_heads)
         self.experts = EXPERTS
-        self.max_segment_tokens = max_segment_tokens or settings.get("max_segment_tokens", 4096)
+        given_cap = settings.get("max_segment_tokens", 4096) if max_segment_tokens is None else max_segment_tokens
+        self.max_segment_tokens: int = given_cap
         given = settings.get("likelihood_weight", 0.0) if likelihood_weight is None else likelihood_weight
         self.likelihood_weight: float = given
         self.processor = Processor.from_path(path, max_pixels)
@@ -255,7 +262,11 @@ class TwoHeadDiscriminator(Discriminator):
         """Mean log-likelihood (nats a token) of each segment, so that length alone is worth nothing."""
         embeddings = self.model.get_input_embeddings()
         mask_NT = sequences.mask_BT
-        stats = response_logps(hidden_NSH, sequences, lambda hidden: nn.functional.linear(hidden, embeddings.weight))
+        # In float32 also under bf16 autocast, as the heads: a false word among forty moves the mean by little.
+        with torch.autocast(hidden_NSH.device.type, enabled=False):
+            stats = response_logps(
+                hidden_NSH, sequences, lambda hidden: nn.functional.linear(hidden.float(), embeddings.weight.float())
+            )
         return stats.logps_BT.sum(-1) / mask_NT.sum(-1)
 
     def save(self, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:

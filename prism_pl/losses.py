@@ -104,34 +104,38 @@ def bradley_terry(
 
 def score_l2(
     scores: Sequence[Tensor],
-    weight_B: Tensor | None = None,
+    weights: Sequence[Tensor] | None = None,
     coefficient: float = 0.001,
-    denominator: Tensor | float | None = None,
+    denominators: Sequence[Tensor | float] | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Keep scores near 0: `coefficient x mean squared score`, averaged over the terms.
+    """Keep scores near 0: `coefficient x mean squared score`, each term's own mean, averaged over the terms.
 
     Bradley-Terry sees only differences, so absolute scores drift; this holds them. The release has four terms (each
-    expert's scores of demonstrations and of rollouts), each a mean over all rollouts, divided by 4.
+    expert's scores of demonstrations and of rollouts), each a mean over all rollouts, divided by 4. What each
+    term counts is decided by `prism_pl.discriminator_loss`.
 
     Args:
         scores: one (B,) tensor a term.
-        weight_B: weight (or mask) of the rows, the same for each term. A row of weight 0 may hold NaN.
+        weights: (B,) weights (or masks) of each term's rows; None: 1. A row of weight 0 may hold NaN.
         coefficient: 0.001 in the release; 0 switches it off.
-        denominator: sum of weights over the whole step; None: of this call.
+        denominators: each term's sum of weights over the whole step; None: of this call.
 
     Returns:
-        The loss and the metrics `score_square` (the mean squared score without the coefficient, NaN without any row),
-        `num_pairs` (sum of weights).
+        The loss and the metric `score_square` (without the coefficient, of this call alone, NaN where a term is empty).
     """
     assert scores, "score_l2 needs at least one tensor of scores"
     if coefficient < 0:
         raise ValueError(f"score_l2: {coefficient!r} must not be negative; 0 switches it off.")
-    scores_NB = at_least_float32(torch.stack(list(scores)))
-    weight_B = torch.ones_like(scores_NB[0]) if weight_B is None else weight_B.detach().to(scores_NB.dtype)
-    total = (weight_B * torch.where(weight_B > 0, scores_NB, torch.zeros_like(scores_NB)).square()).sum() / len(scores)
-    num_pairs = weight_B.sum()
-    loss = coefficient * divide(total, num_pairs if denominator is None else denominator)
-    return loss, {"score_square": total.detach() / num_pairs, "num_pairs": num_pairs}
+    terms = [at_least_float32(scores_B) for scores_B in scores]
+    masks = [torch.ones_like(t) for t in terms] if weights is None else [w.detach().to(terms[0].dtype) for w in weights]
+    totals = [
+        (w_B * torch.where(w_B > 0, scores_B, torch.zeros_like(scores_B)).square()).sum()
+        for scores_B, w_B in zip(terms, masks, strict=True)
+    ]
+    counts = [w_B.sum() for w_B in masks]
+    means = [divide(t, n) for t, n in zip(totals, counts if denominators is None else denominators, strict=True)]
+    square = torch.stack([total.detach() / num for total, num in zip(totals, counts, strict=True)]).mean()
+    return coefficient * torch.stack(means).mean(), {"score_square": square}
 
 
 def soft_clip(scores: Tensor, limit: float) -> Tensor:

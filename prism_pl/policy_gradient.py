@@ -18,12 +18,18 @@ Each returns the loss and metrics over this call's tokens, NaN where there are n
 `clip_fraction_low` + `clip_fraction_high` (share of tokens on which the clip acts: A < 0 below, A > 0 above),
 `dual_clip_fraction`, `ratio_mean|min|max|p05|p95`, `approx_kl` (k3 estimate of KL(old || new), nats a token),
 `num_tokens`.
+
+A log-ratio is bounded to +-20 before the exponential (verl does the same): e^89 is infinite in float32, and its product
+with the zero gradient of a clipped token would be NaN. A token beyond it has no gradient; in
+GSPO and CISPO, whose ratios are weights without a gradient, it keeps its own under the bounded ratio.
 """
 
 import torch
 from torch import Tensor
 
 from prism_pl.aggregation import Aggregation, Metrics, aggregate, at_least_float32, masked_mean
+
+MAX_LOG_RATIO = 20.0
 
 
 def grpo(
@@ -44,7 +50,7 @@ def grpo(
     `w = exp(logp - old_logp)`; mean over each sequence's tokens, then over sequences. PRISM's release takes the token
     mean and a dual clip of 3."""
     check_clip(clip_low, clip_high, dual_clip)
-    log_ratio_BT = _log_ratio(logps_BT, old_logps_BT, mask_BT)
+    log_ratio_BT = _bounded(_log_ratio(logps_BT, old_logps_BT, mask_BT))
     loss_BT, metrics = _clipped(log_ratio_BT.exp(), advantages, mask_BT, clip_low, clip_high, dual_clip)
     metrics["approx_kl"] = _approx_kl(log_ratio_BT, mask_BT)
     return aggregate(
@@ -138,7 +144,7 @@ def gspo(
     check_clip(clip_low, clip_high, dual_clip)
     log_ratio_BT = _log_ratio(logps_BT, old_logps_BT, mask_BT)
     num_tokens_B1 = mask_BT.bool().sum(-1, keepdim=True).clamp(min=1)
-    sequence_B1 = log_ratio_BT.detach().sum(-1, keepdim=True) / num_tokens_B1
+    sequence_B1 = _bounded(log_ratio_BT.detach().sum(-1, keepdim=True) / num_tokens_B1)
     ratio_BT = (sequence_B1 + log_ratio_BT - log_ratio_BT.detach()).exp()
     loss_BT, metrics = _clipped(ratio_BT, advantages, mask_BT, clip_low, clip_high, dual_clip)
     metrics["approx_kl"] = _approx_kl(log_ratio_BT, mask_BT)
@@ -169,7 +175,7 @@ def cispo(
     check_clip(0.0 if clip_low is None else clip_low, clip_high, None)
     mask_BT = mask_BT.bool()
     log_ratio_BT = _log_ratio(logps_BT, old_logps_BT, mask_BT)
-    ratio_BT = log_ratio_BT.detach().exp()
+    ratio_BT = _bounded(log_ratio_BT.detach()).exp()
     lowest, highest = 0.0 if clip_low is None else 1.0 - clip_low, 1.0 + clip_high
     advantages_BT = _per_token(advantages, mask_BT)
     loss_BT = -ratio_BT.clamp(lowest, highest) * advantages_BT * logps_BT
@@ -239,6 +245,11 @@ def _log_ratio(logps_BT: Tensor, old_logps_BT: Tensor, mask_BT: Tensor) -> Tenso
     return torch.where(mask_BT.bool(), difference_BT, torch.zeros_like(difference_BT))
 
 
+def _bounded(log_ratio: Tensor) -> Tensor:
+    """A log-ratio whose exponential is finite."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
 def _per_token(advantages: Tensor, mask_BT: Tensor) -> Tensor:
     """(B,) or (B, T) advantages as (B, T), detached, 0 at masked-out positions."""
     assert advantages.shape in (mask_BT.shape, mask_BT.shape[:1]), (
@@ -259,5 +270,5 @@ def _weighted(loss_BT: Tensor, weights_BT: Tensor | None, mask_BT: Tensor) -> Te
 
 def _approx_kl(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """k3 with samples of the old policy: `(w - 1) - log w`."""
-    log_ratio_BT = log_ratio_BT.detach()
+    log_ratio_BT = _bounded(log_ratio_BT.detach())
     return masked_mean(torch.expm1(log_ratio_BT) - log_ratio_BT, mask_BT)

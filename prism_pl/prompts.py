@@ -97,3 +97,15 @@ def demonstration(example: Example) -> Parsed:
             "or leave it out"
         )
     return parsed
+
+
+def check_demonstration_lengths(examples: Sequence[Example], valid: Sequence[bool], max_segment_tokens: int) -> None:
+    """ValueError for the first well-formed demonstration that the discriminator could not score (`valid` False): one of
+    its segments is over the cap, and its pairs would vanish in silence."""
+    for example, fits in zip(examples, valid, strict=True):
+        if not fits:
+            raise ValueError(
+                f"row {example.id!r}: a segment of the demonstration is longer than max_segment_tokens="
+                f"{max_segment_tokens}, so it makes no pair: raise "
+                "model.init_args.discriminator.init_args.max_segment_tokens, or leave the row out"
+            )

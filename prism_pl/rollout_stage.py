@@ -23,6 +23,13 @@ def check_counts(counts: Mapping[str, int]) -> None:
             raise ValueError(f"{name} is {value}: give at least 1")
 
 
+def check_max_norms(max_norms: Mapping[str, float | None]) -> None:
+    """ValueError for a gradient-clipping norm that is 0 or negative, naming it: it would stop or turn every step."""
+    for name, value in max_norms.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}: give a positive norm, or null to only measure it")
+
+
 def warn_inert_kl(kl: KLPenalty | None) -> None:
     """Say once, at the start, that a configured KL penalty has no weight."""
     if kl is not None and kl.coefficient == 0:

@@ -57,14 +57,19 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse trainer options that would train wrongly without a sign of it. ValueError names the option.
 
     Plain half-precision weights: at learning rates near 1e-6 an AdamW step is smaller than the gap between neighbouring
-    bf16 numbers, so nearly every weight would stay where it is. Accumulated batches: Lightning averages their losses,
-    however many tokens or pairs each has.
+    bf16 numbers, so nearly every weight would stay where it is. `16-mixed`: its gradients are scaled, and neither the
+    clipping of `max_grad_norm` nor the discriminator's own optimiser step takes the scale off. Accumulated batches:
+    Lightning averages their losses, however many tokens or pairs each has.
     """
     if trainer.precision in ("bf16-true", "16-true"):
-        mixed = str(trainer.precision).replace("true", "mixed")
         raise ValueError(
             f"trainer.precision is {trainer.precision!r}: small steps on half-precision weights round to nothing. Use "
-            f"{mixed!r}, which keeps fp32 master weights"
+            "'bf16-mixed', which keeps fp32 master weights"
+        )
+    if trainer.precision == "16-mixed":
+        raise ValueError(
+            "trainer.precision is '16-mixed': its scaled gradients would be clipped and stepped as they stand. Use "
+            "'bf16-mixed', which needs no scale"
         )
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(

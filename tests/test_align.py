@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import modules.align
 from callbacks import Completions, RewardGap, StructuralProxies
 from modules.align import AdversarialAlignModule
+from prism_pl.chat import render
 from prism_pl.discriminator import TwoHeadDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import PolicyLoss
@@ -33,18 +33,19 @@ def make(
     lr: float = 0.1,
     discriminator_lr: float = 0.1,
     kind: Any = SGD,
+    dropout: float = 0.0,
     **options: Any,
 ) -> AdversarialAlignModule:
     """A module with a discriminator whose random heads are large, so that scores differ well above rounding."""
     torch.manual_seed(0)
-    discriminator = partial(BoldDiscriminator, path=path, init_heads=True, dropout=0.0, max_segment_tokens=100)
+    discriminator = partial(BoldDiscriminator, path=path, init_heads=True, dropout=dropout, max_segment_tokens=100)
     settings: dict[str, Any] = {"rollout": ScriptedEngine(texts), "num_rollouts": 2, "max_grad_norm": None}
+    settings["sampling"] = Sampling(max_tokens=60)
     return AdversarialAlignModule(
         PolicySpec(path),
         discriminator,
         policy_optimizer=partial(kind, lr=lr),
         discriminator_optimizer=partial(kind, lr=discriminator_lr),
-        sampling=Sampling(max_tokens=60),
         **(settings | options),
     )
 
@@ -173,7 +174,7 @@ def test_the_tags_stand_in_the_event_files(random_policy, tmp_path):
     names = "discriminator_loss policy_loss malformed response_length truncated entropy kl lr tokens"
     tags = [f"align/{name}" for name in (*names.split(), "val_accuracy", "val_format")]
     tags += [f"align/grad_norm/{name}" for name in ("policy", "discriminator")]
-    for kind in ("reward_gap", "discriminator_accuracy", "score_std", "val_reward_gap", "capped"):
+    for kind in ("reward_gap", "discriminator_accuracy", "score_std", "val_reward_gap", "too_long"):
         tags += [f"align/{kind}/{expert}" for expert in EXPERTS]
     for proxy in ("descriptive_items", "reasoning_steps"):
         tags += [f"proxies/{proxy}/{what}" for what in ("policy", "supervision", "distance")]
@@ -196,7 +197,7 @@ def test_a_non_finite_loss_stops_before_either_player_steps(random_policy, tmp_p
 
     module = make(random_policy)
     module.configure_model()
-    monkeypatch.setattr(modules.align, "score_l2", lambda terms, *_: (sum(terms).sum() * float("nan"), {}))
+    monkeypatch.setattr("prism_pl.discriminator_loss.score_l2", lambda terms, *_: (sum(terms).sum() * float("nan"), {}))
     with pytest.raises(ValueError, match=r"align/discriminator_loss is not finite .*row-0, row-1.* took no step"):
         fit(module, Rows(make_examples(2)), tmp_path)
     assert equal(weights(module.policy), before[0])
@@ -259,13 +260,16 @@ def test_the_reference_stays_and_is_left_out_of_the_checkpoint(random_policy, tm
 def test_a_resumed_run_is_the_uninterrupted_one(random_policy, tmp_path):
     rows = make_examples(8)
     options: dict[str, Any] = {"kind": torch.optim.AdamW, "lr": 1e-3, "discriminator_lr": 1e-3, "kl": KLPenalty(0.01)}
-    options |= {"schedule": "cosine", "rollout": None}
+    options |= {"schedule": "cosine", "rollout": None, "dropout": 0.1}
 
     def run(ckpt=None):
         module = make(random_policy, **(options | {"rollout": SamplingEngine()}))
         saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        loader = Rows(rows, resumable=True)
-        trainer, record = fit(module, loader, tmp_path, [saving], ckpt, max_steps=5, enable_checkpointing=True)
+        loader = Rows(rows, make_examples(2), resumable=True)
+        # Held-out batches draw between training batches, at other times after a resume.
+        validation = {"limit_val_batches": 1, "val_check_interval": 2 if ckpt is None else 1}
+        settings = {"max_steps": 5, "enable_checkpointing": True} | validation
+        trainer, record = fit(module, loader, tmp_path, [saving], ckpt, **settings)
         assert trainer.global_step == 5
         return module, [output["rollouts"] for output in record.outputs]
 
@@ -291,6 +295,8 @@ def test_bad_options_are_refused(random_policy):
         ({"num_rollouts": 0}, "num_rollouts is 0"),
         ({"discriminator_every": 0}, "discriminator_every is 0"),
         ({"discriminator_steps": 0}, "discriminator_steps is 0"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0: give a positive norm"),
+        ({"discriminator_max_grad_norm": -1.0}, r"discriminator_max_grad_norm is -1\.0"),
         ({"alpha": 1.5}, r"alpha is 1\.5"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -307,3 +313,18 @@ def test_rows_without_a_demonstration_or_with_a_malformed_one_are_named(random_p
         fit(make(random_policy), Rows([rows[0], replace(rows[1], response=None)]), tmp_path)
     with pytest.raises(ValueError, match="row 'row-1': the demonstration is malformed"):
         fit(make(random_policy), Rows([rows[0], replace(rows[1], response=MALFORMED)]), tmp_path)
+
+
+def test_a_demonstration_over_the_cap_is_named_and_a_rollout_over_it_is_not_judged(random_policy, tmp_path):
+    long = render("- red 3\n" * 60, "1. 3 + 7 = 10", "10")
+    rows = make_examples(2)
+    with pytest.raises(
+        ValueError, match=r"row 'row-1': a segment .* max_segment_tokens=100, .*: raise model\.init_args"
+    ):
+        fit(make(random_policy), Rows([rows[0], replace(rows[1], response=long)]), tmp_path)
+    _, record = fit(make(random_policy, [RIGHT, long], sampling=Sampling(max_tokens=2000)), Rows(rows), tmp_path)
+    assert record.outputs[0]["valid"].tolist() == [[True, False]] * 2
+    assert record.steps[0]["align/malformed"] == 0.5
+    # Two demonstrations and four rollouts, two of them long.
+    assert record.steps[0]["align/too_long/perception"] == pytest.approx(2 / 6)
+    assert record.steps[0]["align/too_long/reasoning"] == 0.0

@@ -217,6 +217,7 @@ def test_malformed_demonstration_is_named_with_what_is_wrong(folder, capsys, mon
         ("align", "aplha 0.5", "AdversarialAlignModule takes no aplha. Did you mean alpha?"),
         ("align", "rollout prism_pl.rollout.TransformerEngine", "Did you mean prism_pl.rollout.TransformersEngine?"),
         ("rlvr", "num_rollouts 1", "num_rollouts is 1"),
+        ("rlvr", "max_grad_norm 0", "max_grad_norm is 0.0: give a positive norm, or null"),
         ("rlvr", "num_minibatches 9", "num_minibatches is 9, but only 2 prompts"),
         ("rlvr", "num_prompts 3", "set dynamic_sampling: true"),
         ("rlvr", "overlong_buffer 500", "overlong_buffer is 500"),

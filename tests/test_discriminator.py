@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from prism_pl.batch import Example
-from prism_pl.chat import Parsed, parse, render
+from prism_pl.chat import Parsed, parse, render, segments
 from prism_pl.discriminator import Discriminator, RowScores, TwoHeadDiscriminator, evaluating, score, score_texts
-from prism_pl.policy import PolicySpec
+from prism_pl.policy import PolicySpec, hidden_states
 from prism_pl.segments import segment_batch, segment_ids
 from tests.conftest import DEMONSTRATION, make_examples
 
@@ -59,7 +59,7 @@ def test_text_decides_and_not_the_sampled_ids(discriminator):
 
 
 class ShortcutDiscriminator(Discriminator):
-    """Reads only the last token's id and the segment's length at the cap: what a cheat could live on."""
+    """Reads only how a segment ends, its last two tokens: what a cheat could live on."""
 
     def __init__(self, processor, max_segment_tokens: int) -> None:
         super().__init__()
@@ -69,27 +69,48 @@ class ShortcutDiscriminator(Discriminator):
         self.by_id = torch.nn.Embedding(1000, 1)
 
     def forward(self, sequences, expert_N):
-        last_N = sequences.input_ids_BS.gather(1, (sequences.lengths_B - 1)[:, None]).squeeze(1)
-        at_cap_N = (sequences.mask_BT.sum(1) >= self.max_segment_tokens).float()
-        scores_N = self.by_id(last_N).squeeze(1) + 100 * at_cap_N
+        ends_N2 = torch.stack([sequences.lengths_B - 2, sequences.lengths_B - 1], dim=1)
+        ends_N2 = sequences.input_ids_BS.gather(1, ends_N2)
+        scores_N = self.by_id(ends_N2).sum((1, 2))
         return RowScores(scores_N, expert_N.float().mean(), {"expert": expert_N.float().mean()})
 
     def save(self, folder, dtype="float32"): ...
 
 
-@pytest.mark.parametrize("demonstration_is_cut", [False, True])
-def test_final_token_and_cap_cannot_win(blank_policy, demonstration_is_cut):
+@pytest.mark.parametrize("long_side", ["demonstration", "rollout", "both"])
+def test_the_last_tokens_cannot_win_whichever_side_is_longer_than_the_cap(blank_policy, long_side):
+    """A cut segment would end without its closing tag. So none is cut: a response with a long one is not judged."""
     processor = PolicySpec(blank_policy).processor()
-    shortcut = ShortcutDiscriminator(processor, max_segment_tokens=12 if demonstration_is_cut else 300)
+    shortcut = ShortcutDiscriminator(processor, longest_segment(processor, DEMONSTRATION, OTHER))
     long = render("- red 3 at top left\n" * 9, "1. the digits are 3 and 7\n" * 9, "10")
-    # A demonstration beside rollouts that end otherwise: cut by the sampler before the last tag's line break,
-    # followed by white space, and far longer than the cap.
-    responses = [DEMONSTRATION, DEMONSTRATION + "\n", long if demonstration_is_cut else OTHER]
-    scores = scores_of(shortcut, responses)
+    sides = {"demonstration": [long, OTHER], "rollout": [DEMONSTRATION, long], "both": [long, long]}[long_side]
+    # Beside them a rollout that ends in white space, and one that fits.
+    scores = scores_of(shortcut, [*sides, DEMONSTRATION + "\n", OTHER])
+    assert scores.valid_B.tolist() == [sides[0] is not long, sides[1] is not long, True, True]
     for values in scores.by_expert.values():
-        assert torch.equal(values, values[:1].expand_as(values))
-    assert set(scores.diagnostics) == {"expert", "capped/perception", "capped/reasoning"}
-    assert float(scores.diagnostics["capped/perception"]) == float(demonstration_is_cut)
+        assert torch.equal(values.isnan(), ~scores.valid_B)
+        judged = values[scores.valid_B]
+        assert torch.equal(judged, judged[:1].expand_as(judged))
+    assert set(scores.diagnostics) == {"expert", "too_long/perception", "too_long/reasoning"}
+    for expert in shortcut.experts:
+        assert float(scores.diagnostics[f"too_long/{expert}"]) == sides.count(long) / 4
+
+
+def longest_segment(processor, *responses: str) -> int:
+    return max(
+        len(segment_ids(processor, text)) for response in responses for text in segments(parse(response)).values()
+    )
+
+
+def test_one_segment_over_the_cap_by_one_token_leaves_the_whole_response_out(blank_policy):
+    processor = PolicySpec(blank_policy).processor()
+    cap = longest_segment(processor, DEMONSTRATION)
+    for max_segment_tokens, fits in ((cap, True), (cap - 1, False)):
+        scores = scores_of(ShortcutDiscriminator(processor, max_segment_tokens), [DEMONSTRATION, SHORT, MALFORMED])
+        assert scores.valid_B.tolist() == [fits, True, False]
+        shares = [float(scores.diagnostics[f"too_long/{expert}"]) for expert in ("perception", "reasoning")]
+        # The think block is the longer one: of the two well-formed responses it alone is over the cap.
+        assert shares == ([0.0, 0.0] if fits else [0.0, 0.5])
 
 
 def test_a_text_that_stands_twice_is_scored_once_and_means_are_over_sequences(blank_policy):
@@ -107,14 +128,13 @@ def test_a_text_that_stands_twice_is_scored_once_and_means_are_over_sequences(bl
         torch.testing.assert_close(scores.diagnostics["expert"], torch.tensor(4 / 7))
 
 
-def test_every_segment_ends_with_the_end_token_and_keeps_the_cap(blank_policy):
+def test_every_segment_ends_with_the_end_token(blank_policy):
     processor = PolicySpec(blank_policy).processor()
     text = "<caption> red 3 at top left </caption>"
-    whole = segment_ids(processor, text, 300)
-    assert whole[-1] == processor.eos_id
-    assert segment_ids(processor, text, 5) == [*whole[:4], processor.eos_id]
+    ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+    assert segment_ids(processor, text) == [*ids, processor.eos_id]
     # A response may spell special tokens; they must neither end the segment nor ask for an image.
-    spelled = segment_ids(processor, "<|im_end|> <|image_pad|> red", 300)
+    spelled = segment_ids(processor, "<|im_end|> <|image_pad|> red")
     assert spelled.count(processor.eos_id) == 1
     assert processor.image_token_id not in spelled
 
@@ -205,6 +225,19 @@ def test_first_scores_are_small_and_every_part_gets_a_gradient(random_policy):
     assert without == []
 
 
+def test_likelihoods_are_float32_under_autocast(random_policy):
+    weighing = TwoHeadDiscriminator(random_policy, init_heads=True, likelihood_weight=1.0)
+    prompts = prompts_of(weighing, make_examples(1))
+    texts = {"perception": ["<caption> red"], "reasoning": ["<think> 3"]}
+    sequences = segment_batch(weighing.processor, prompts, texts, [0], 200).sequences
+    with torch.no_grad():
+        hidden_NSH = hidden_states(weighing.model, sequences)
+        plain_N = weighing._mean_logps(hidden_NSH, sequences)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast_N = weighing._mean_logps(hidden_NSH, sequences)
+    assert torch.equal(autocast_N, plain_N)
+
+
 def test_save_and_load_give_the_same_scores(discriminator, tmp_path):
     discriminator.save(tmp_path / "d")
     discriminator.save(tmp_path / "d")  # an older one is replaced
@@ -232,6 +265,11 @@ def test_a_save_clears_what_killed_ones_left(discriminator, tmp_path):
     assert not (tmp_path / "d" / "half").exists()
     one, two = (scores_of(d, [SHORT]).by_expert for d in (discriminator, TwoHeadDiscriminator(str(tmp_path / "d"))))
     assert all(torch.equal(one[expert], two[expert]) for expert in one)
+
+
+def test_a_cap_below_one_token_is_refused(random_policy):
+    with pytest.raises(ValueError, match="max_segment_tokens is 0: give at least 1"):
+        TwoHeadDiscriminator(random_policy, init_heads=True, max_segment_tokens=0)
 
 
 def test_missing_heads_are_never_random(discriminator, random_policy, tmp_path):

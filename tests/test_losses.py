@@ -1,10 +1,12 @@
-"""Aggregation, NLL, Bradley-Terry, score regulariser, soft clip, KL estimators: against values worked out by hand."""
+"""Aggregation, NLL, Bradley-Terry, the discriminator's loss, soft clip, KL estimators: against hand-worked values."""
 
 import math
 
 import pytest
 import torch
 
+from prism_pl.discriminator import Scores
+from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.losses import (
     aggregate,
     bradley_terry,
@@ -18,6 +20,7 @@ from prism_pl.losses import (
 )
 
 NAN = math.nan
+ZERO = torch.tensor(0.0)
 # Two sequences of 1 and 3 valid tokens; what is masked out is NaN on purpose.
 VALUES_BT = torch.tensor([[4.0, NAN, NAN], [1.0, 2.0, 6.0]])
 MASK_BT = torch.tensor([[1, 0, 0], [1, 1, 1]])
@@ -171,7 +174,10 @@ def test_bradley_terry_and_score_l2_split_into_micro_batches():
     valid_B = torch.tensor([True, True, True, False])
     for whole, loss in (
         (bradley_terry(chosen_B, rejected_B, valid_B)[0], lambda c, r, v: bradley_terry(c, r, v, denominator=3)[0]),
-        (score_l2([chosen_B, rejected_B], valid_B)[0], lambda c, r, v: score_l2([c, r], v, denominator=3)[0]),
+        (
+            score_l2([chosen_B, rejected_B], [valid_B] * 2)[0],
+            lambda c, r, v: score_l2([c, r], [v] * 2, denominators=[3, 3])[0],
+        ),
     ):
         parts = [loss(chosen_B[i : i + 1], rejected_B[i : i + 1], valid_B[i : i + 1]) for i in range(4)]
         torch.testing.assert_close(sum(parts), whole)
@@ -183,6 +189,34 @@ def test_score_l2_by_hand():
     loss, metrics = score_l2(scores)
     assert loss.item() == pytest.approx(0.0025)
     assert metrics["score_square"].item() == pytest.approx(2.5)
+
+
+def test_score_l2_takes_each_term_over_its_own_rows():
+    # Demonstrations over all three rows, (1 + 4 + 9) / 3 = 14 / 3; rollouts over the one valid, 4.
+    # (14 / 3 + 4) / 2 x 0.3 = 1.3.
+    scores = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, NAN, NAN])]
+    weights = [torch.ones(3), torch.tensor([True, False, False])]
+    loss, metrics = score_l2(scores, weights, 0.3)
+    assert loss.item() == pytest.approx(1.3)
+    assert metrics["score_square"].item() == pytest.approx(13 / 3)
+    assert score_l2(scores, weights, 0.3, [6, 2])[0].item() == pytest.approx(0.65)
+
+
+def test_the_discriminators_loss_by_hand():
+    chosen = Scores(
+        {"p": torch.tensor([1.0, 2.0]), "r": torch.tensor([0.0, 2.0])}, torch.tensor([True, True]), ZERO, {}
+    )
+    rolled = Scores(
+        {"p": torch.tensor([1.0, NAN]), "r": torch.tensor([0.0, NAN])}, torch.tensor([True, False]), ZERO, {}
+    )
+    # One pair: both margins are 0, so log 2 an expert. Squares: demonstrations (1 + 4) / 2 and (0 + 4) / 2, rollouts 1
+    # and 0: (2.5 + 2 + 1 + 0) / 4 = 1.375. aux_loss 0.
+    loss, metrics = discriminator_loss(chosen, rolled, 0.0, 0.1)
+    assert loss.item() == pytest.approx(2 * math.log(2) + 0.1375)
+    assert metrics["p"]["num_pairs"] == 1
+    # Without a pair nothing is left, the demonstrations' squares neither; only aux_loss, of which each pass has one.
+    nothing = Scores({e: torch.full((2,), NAN) for e in "pr"}, torch.zeros(2, dtype=torch.bool), ZERO + 0.5, {})
+    assert discriminator_loss(chosen, nothing, 0.0, 0.1)[0].item() == 0.5
 
 
 def test_soft_clip_is_the_identity_near_zero_and_bounded_far_away():

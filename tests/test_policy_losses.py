@@ -1,6 +1,7 @@
 """The policy-gradient losses, as functions and as classes: against values and gradients worked out by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -70,6 +71,24 @@ def test_dual_clip_bounds_an_exploded_ratio_where_the_advantage_is_negative(dual
     assert loss.item() == pytest.approx(expected, rel=1e-5)  # max(10, 1.2) = 10, then min(10, 3)
     assert logps_BT.grad.item() == pytest.approx(gradient, rel=1e-5)
     assert metrics["dual_clip_fraction"].item() == (0.0 if dual_clip is None else 1.0)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [200.0, -200.0])
+@pytest.mark.parametrize("loss_fn", [grpo, dapo, partial(dr_grpo, constant_length=2), gspo, cispo])
+def test_a_log_ratio_of_200_leaves_loss_gradient_and_metrics_finite(loss_fn, log_ratio, advantage):
+    # Unbounded, e^200 is infinite in float32; where the clip acts its gradient would be 0 x inf = NaN.
+    old_BT = torch.tensor([[-201.0, -1.0]])
+    logps_BT = (old_BT + torch.tensor([[log_ratio, 0.0]])).requires_grad_()
+    loss, metrics = loss_fn(logps_BT, old_BT, torch.tensor([advantage]), torch.ones(1, 2))
+    loss.backward()
+    assert loss.isfinite()
+    assert logps_BT.grad.isfinite().all()
+    # The other token learns as ever.
+    assert logps_BT.grad[0, 1] != 0 or loss_fn is gspo
+    assert all(value.isfinite() for value in metrics.values()), metrics
+    if loss_fn is grpo and log_ratio > 0:
+        assert metrics["ratio_max"].item() == pytest.approx(math.exp(20), rel=1e-5)
 
 
 def test_dual_clip_leaves_positive_advantages_and_small_ratios_alone():

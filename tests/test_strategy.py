@@ -2,6 +2,7 @@
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,16 @@ def test_trainer_options_that_would_train_wrongly_are_refused(option, named):
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **option)
     with pytest.raises(ValueError, match=named):
         check_trainer(trainer)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "16-mixed"])
+def test_every_other_half_precision_is_refused_for_bf16_mixed(precision):
+    # A stand-in: on the CPU Lightning takes another precision for the float16 ones by itself.
+    trainer: Any = SimpleNamespace(precision=precision, accumulate_grad_batches=1)
+    with pytest.raises(ValueError, match=f"trainer.precision is '{precision}'.* Use 'bf16-mixed'"):
+        check_trainer(trainer)
+    for fine in ("bf16-mixed", "32-true"):
+        check_trainer(SimpleNamespace(precision=fine, accumulate_grad_batches=1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stage", ["align", "rlvr"])

@@ -19,6 +19,7 @@ from prism_pl.discriminator import TwoHeadDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.processor import Processor
 from prism_pl.rollout.engine import Rollout, Sampling
+from prism_pl.rollout.transformers_engine import TransformersEngine
 from tests.conftest import DEMONSTRATION, make_examples
 
 ROLLOUT = render("- green 9", "1. it is 9", "9")
@@ -91,7 +92,7 @@ def make_module(path: str, engine: ScriptedEngine, lr: float = 1e-3, **options) 
     )
 
 
-def fit(module: DiscriminatorModule, rows: Rows, folder, **options) -> tuple[L.Trainer, Record]:
+def fit(module: DiscriminatorModule, rows: Rows, folder, ckpt=None, **options) -> tuple[L.Trainer, Record]:
     record = Record()
     settings = {"max_steps": 6, "val_check_interval": 2, "check_val_every_n_epoch": None} | options
     trainer = L.Trainer(
@@ -104,7 +105,7 @@ def fit(module: DiscriminatorModule, rows: Rows, folder, **options) -> tuple[L.T
         callbacks=[record],
         **settings,
     )
-    trainer.fit(module, rows)
+    trainer.fit(module, rows, ckpt_path=ckpt, weights_only=True)
     return trainer, record
 
 
@@ -170,10 +171,11 @@ def test_the_loss_is_the_mean_over_pairs_of_both_experts(random_policy):
     expected = torch.tensor(0.0)
     for expert in ("perception", "reasoning"):
         plus, minus = chosen.by_expert[expert][[0, 2]], rolled.by_expert[expert][[0, 2]]
-        # -(0.9 log s(m) + 0.1 log s(-m)), and 0.5 x the mean square of both sides' scores, over the two valid pairs.
+        # -(0.9 log s(m) + 0.1 log s(-m)) over the two valid pairs, and 0.5 x the mean of four mean squares:
+        # demonstrations over all four rows, rollouts over the valid two.
         m = plus - minus
         expected += (0.9 * torch.log1p((-m).exp()) + 0.1 * torch.log1p(m.exp())).sum() / 2
-        expected += 0.5 * (plus.square() + minus.square()).sum() / 4
+        expected += 0.5 * (chosen.by_expert[expert].square().sum() / 4 + minus.square().sum() / 2) / 4
     torch.testing.assert_close(loss.detach(), expected, atol=1e-5, rtol=0)
     assert float(logged["warmup/pair_accuracy/reasoning"]) in (0.0, 0.5, 1.0)
 
@@ -183,7 +185,10 @@ def test_a_rejected_response_in_the_row_is_used_instead_of_a_rollout(random_poli
     module = make_module(random_policy, engine, num_rollouts=2)
     engine.started = True
     one, two = make_examples(2)
-    assert module._rejected([replace(one, rejected="its own"), two]) == [["its own"], [ROLLOUT, DEMONSTRATION]]
+    assert module._rejected([replace(one, rejected="its own"), two], module.sampling) == [
+        ["its own"],
+        [ROLLOUT, DEMONSTRATION],
+    ]
     assert engine.num_drawn == 2
 
 
@@ -247,3 +252,42 @@ def test_bad_input_stops_with_the_row_or_the_option(random_policy):
     module.log = lambda *_, **__: None
     with pytest.raises(ValueError, match=r"warmup/loss is not finite .* row-0"):
         module.training_step(module.collator(make_examples(2)), 0)
+
+
+def test_a_demonstration_over_the_cap_stops_with_the_row(random_policy):
+    module = make_module(random_policy, ScriptedEngine())
+    module.configure_model()
+    rows = make_examples(2)
+    rows[1] = replace(rows[1], response=render("- red 3\n" * 200, "1. 3 + 7 = 10", "10"))
+    with pytest.raises(ValueError, match=r"row 'row-1': a segment of the demonstration .* max_segment_tokens=200"):
+        module(module.collator(rows), [[ROLLOUT], [ROLLOUT]], training=False)
+
+
+def test_held_out_rollouts_are_the_same_after_a_resume_and_take_no_training_draws(random_policy, tmp_path):
+    rows = Rows(make_examples(8), make_examples(6))
+    file = tmp_path / "step.ckpt"
+
+    def run(ckpt=None, **options):
+        torch.manual_seed(0)
+        module = make_module(random_policy, TransformersEngine(), ceiling=None)  # type: ignore[arg-type]
+        trainer, _ = fit(module, rows, tmp_path, ckpt=ckpt, **options)
+        return module, trainer
+
+    module, trainer = run(max_steps=2, val_check_interval=1)
+    trainer.save_checkpoint(file)
+    assert len(module._held_out) == 6
+    assert module.rollout.state_dict()["num_draws"] == 2
+    # Other draws in between: no sanity check, and a validation after two steps and not one.
+    resumed, _ = run(file, max_steps=4, val_check_interval=2, num_sanity_val_steps=0)
+    assert resumed._held_out == module._held_out
+    assert resumed.rollout.state_dict()["num_draws"] == 4
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_the_rows(random_policy, tmp_path):
+    module = make_module(random_policy, ScriptedEngine())
+    module.configure_model()
+    before = {name: w.clone() for name, w in module.discriminator.named_parameters()}
+    module.discriminator.heads["reasoning"].weight.register_hook(lambda grad: grad + math.inf)
+    with pytest.raises(ValueError, match=r"the discriminator's gradient norm is not finite \(inf\) .* row-0, row-1"):
+        fit(module, Rows(make_examples(2), make_examples(2)), tmp_path, gradient_clip_val=1.0)
+    assert all(torch.equal(w, before[name]) for name, w in module.discriminator.named_parameters())
