@@ -233,17 +233,16 @@ def test_micro_batches_make_the_same_step(random_policy, tmp_path):
             torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("kl", [KLPenalty(0.1), KLPenalty(0.1, kind="k3"), KLPenalty(0.1, "reward", "k1")])
+@pytest.mark.parametrize("kl", [KLPenalty(0.5), KLPenalty(0.5, kind="k3"), KLPenalty(0.5, "reward", "k1")])
 def test_a_kl_penalty_pulls_back_to_the_start(random_policy, tmp_path, kl):
     rows, texts, moved = make_examples(8), (RIGHT, WRONG), {}
     for penalty in (None, kl):
-        module = make(random_policy, texts, kl=penalty, lr=0.1, discriminator_lr=0.0)
-        _, record = fit(module, Rows(rows), tmp_path, max_steps=4)
+        module = make(random_policy, texts, kl=penalty, lr=0.03, discriminator_lr=0.0)
+        _, record = fit(module, Rows(rows), tmp_path, max_steps=6)
         moved[penalty] = drift(module, rows[:2], texts)
     assert record.steps[0]["align/kl"] == pytest.approx(0, abs=1e-6)
     assert abs(record.steps[2]["align/kl"]) > 1e-3
-    print("DRIFT", kl, moved)
-    assert moved[kl] < 0.9 * moved[None]
+    assert moved[kl] < 0.5 * moved[None]
 
 
 def test_the_reference_stays_and_is_left_out_of_the_checkpoint(random_policy, tmp_path):

@@ -192,8 +192,7 @@ def test_a_kl_penalty_pulls_back_to_the_start(random_policy, tmp_path, kl):
     # Nothing to pull at before the first step has moved the policy.
     assert record.steps[0]["rlvr/kl"] == pytest.approx(0, abs=1e-6)
     assert abs(record.steps[2]["rlvr/kl"]) > 1e-3
-    print("DRIFT", kl, moved)
-    assert moved[kl] < 0.9 * moved[None]
+    assert moved[kl] < 0.7 * moved[None]
 
 
 def test_the_tags_stand_in_the_event_files(random_policy, tmp_path):
