@@ -42,7 +42,7 @@ from prism_pl.rollout_stage import (
 )
 from prism_pl.strategy import check_one_device, check_trainer, share, world_size
 from prism_pl.timing import PhaseTimer
-from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
+from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, rows_of, warn_inert_clip
 
 
 class RLVRModule(LightningModule):
@@ -221,7 +221,7 @@ class RLVRModule(LightningModule):
         parts: list[Metrics] = []
         for chosen in plan:
             rows = [g * self.num_rollouts + i for g in chosen for i in range(self.num_rollouts)]
-            loss, told = self._update([groups[g] for g in chosen], advantages_B[rows], *_at(rows, old_BT, ref_BT))
+            loss, told = self._update([groups[g] for g in chosen], advantages_B[rows], *rows_of(rows, old_BT, ref_BT))
             losses.append(loss)
             parts.append(told)
         logged = {"policy_loss": torch.stack(losses).mean(), **combine_metrics(parts)}
@@ -231,8 +231,7 @@ class RLVRModule(LightningModule):
 
     def _sequences(self, groups: Sequence[Group]) -> SequenceBatch:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        prompts = [group.prompt for group in groups]
-        sequences, _ = rollout_batch(self.processor, prompts, rollouts, self.num_rollouts)
+        sequences, _ = rollout_batch(self.processor, [group.prompt for group in groups], rollouts, self.num_rollouts)
         return self.transfer_batch_to_device(sequences, self.device, 0)
 
     def _advantages(self, groups: Sequence[Group], sequences: SequenceBatch) -> Tensor:
@@ -348,8 +347,3 @@ class RLVRModule(LightningModule):
         self.log("rlvr/zero_std_groups", still_P.sum().float(), batch_size=1, sync_dist=True, reduce_fx="sum")
         tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
         self.log("rlvr/tokens", float(tokens), batch_size=1, reduce_fx="sum")
-
-
-def _at(rows: list[int], *values: Tensor | None) -> list[Tensor | None]:
-    """Some rows of per-token tensors."""
-    return [None if value_BT is None else value_BT[rows] for value_BT in values]

@@ -121,8 +121,7 @@ class DiscriminatorModule(LightningModule):
             training=training,
             micro_batch_tokens=self.micro_batch_tokens,
         )
-        first = scores.valid_B[: len(batch)].tolist()
-        check_demonstration_lengths(batch.examples, first, self.discriminator.max_segment_tokens)
+        check_demonstration_lengths(batch.examples, scores.valid_B, self.discriminator.max_segment_tokens)
         if self.score_clip is not None:
             scores.by_expert = {e: soft_clip(s, self.score_clip) for e, s in scores.by_expert.items()}
         return scores.take(pair_prompt), scores.take(range(len(batch), len(batch) + len(pair_prompt)))

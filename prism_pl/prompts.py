@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from prism_pl.batch import Example
 from prism_pl.chat import Parsed, parse
 from prism_pl.processor import Processor, Prompt
@@ -99,10 +101,14 @@ def demonstration(example: Example) -> Parsed:
     return parsed
 
 
-def check_demonstration_lengths(examples: Sequence[Example], valid: Sequence[bool], max_segment_tokens: int) -> None:
-    """ValueError for the first well-formed demonstration that the discriminator could not score (`valid` False): one of
-    its segments is over the cap, and its pairs would vanish in silence."""
-    for example, fits in zip(examples, valid, strict=True):
+def check_demonstration_lengths(examples: Sequence[Example], valid_B: Tensor, max_segment_tokens: int) -> None:
+    """ValueError for the first demonstration that the discriminator could not score though it is well-formed: one of
+    its segments is over the cap, and its pairs would vanish in silence.
+
+    Args:
+        valid_B: of scores whose first rows are the examples' demonstrations.
+    """
+    for example, fits in zip(examples, valid_B.tolist(), strict=False):
         if not fits:
             raise ValueError(
                 f"row {example.id!r}: a segment of the demonstration is longer than max_segment_tokens="

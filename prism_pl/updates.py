@@ -146,3 +146,8 @@ def warn_inert_clip(policy_loss: PolicyLoss, num_updates: int) -> None:
             f"exactly 1 and clip_low={policy_loss.clip_low}, clip_high={policy_loss.clip_high}, dual_clip="
             f"{policy_loss.dual_clip} cannot act; only the aggregation ({policy_loss.aggregation}) does."
         )
+
+
+def rows_of(rows: list[int], *values: Tensor | None) -> list[Tensor | None]:
+    """Some rows of per-token tensors, None where there is none."""
+    return [None if value_BT is None else value_BT[rows] for value_BT in values]
