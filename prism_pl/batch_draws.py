@@ -30,6 +30,10 @@ class BatchDraws(Callback):
         entropy = [self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx, 1]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.seed is not None
+        torch.manual_seed(self.seed)  # whatever runs next in this process finds the run's seed, not the last batch's
+
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}
 
