@@ -24,6 +24,7 @@ from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.losses import soft_clip
+from prism_pl.mismatch import MismatchCorrection
 from prism_pl.optim import Schedule, check_finite, clip_gradients, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
@@ -60,6 +61,8 @@ class AdversarialAlignModule(LightningModule):
         alpha: weight of the perception expert.
         malformed_penalty: taken off the advantage of malformed responses (`released` only).
         policy_loss: how advantages become a gradient.
+        mismatch: of sampler and trainer; None corrects it where the sampler runs below float32, see
+            `prism_pl.mismatch`.
         kl: a pull towards the starting policy; off by default.
         discriminator_every, discriminator_steps: every how many policy steps the discriminator learns, and how often.
         score_l2, score_clip, label_smoothing: of the discriminator's loss; the clip is soft, it always has a gradient.
@@ -84,6 +87,7 @@ class AdversarialAlignModule(LightningModule):
         alpha: float = 0.5,
         malformed_penalty: float = 1.5,
         policy_loss: PolicyLoss | None = None,
+        mismatch: MismatchCorrection | None = None,
         kl: KLPenalty | None = None,
         discriminator_every: int = 1,
         discriminator_steps: int = 1,
@@ -114,6 +118,7 @@ class AdversarialAlignModule(LightningModule):
         self.policy_optimizer, self.discriminator_optimizer = policy_optimizer, discriminator_optimizer
         self.advantage, self.alpha, self.malformed_penalty = advantage, alpha, malformed_penalty
         self.policy_loss = policy_loss or ReleasedGRPO()
+        self.mismatch = mismatch or MismatchCorrection()
         warn_inert_kl(kl)
         self.kl = kl or KLPenalty()
         self.discriminator_every, self.discriminator_steps = discriminator_every, discriminator_steps
@@ -151,13 +156,13 @@ class AdversarialAlignModule(LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         with self.timer.phase("rollout"):
-            rollouts, sequences = self._sample(batch)
+            rollouts, sequences, sampler_logps_BT = self._sample(batch)
         with self.timer.phase("score"):
             # Before the discriminator's update: the policy is judged by the judge it answered to.
             scores, demonstration_scores = self._scores(batch, rollouts, training=False)
         advantages_B, rewards_PG = self._advantages(scores, sequences)
         with self.timer.phase("policy"):
-            policy_loss = self._policy_backward(sequences, advantages_B, rollouts)
+            policy_loss = self._policy_backward(sequences, advantages_B, sampler_logps_BT, rollouts)
         with self.timer.phase("discriminator"):
             if self.trainer.fit_loop.total_batch_idx % self.discriminator_every == 0:
                 self._discriminator_update(batch, rollouts)
@@ -168,11 +173,11 @@ class AdversarialAlignModule(LightningModule):
         self._log_step(policy_loss, rollouts, scores, sequences)
         return self._output(batch, rollouts, scores, demonstration_scores, rewards_PG)
 
-    def _sample(self, batch: PromptBatch) -> tuple[list[Rollout], SequenceBatch]:
-        """G rollouts a prompt, and the trainer's tensors of them."""
+    def _sample(self, batch: PromptBatch) -> tuple[list[Rollout], SequenceBatch, Tensor]:
+        """G rollouts a prompt, the trainer's tensors of them, and the sampler's log-probabilities, (B, T)."""
         rollouts = self.rollout.generate(batch.examples, self.num_rollouts, self.sampling)
-        sequences, _ = rollout_batch(self.processor, batch.prompts, rollouts, self.num_rollouts)
-        return rollouts, self.transfer_batch_to_device(sequences, self.device, 0)
+        made = rollout_batch(self.processor, batch.prompts, rollouts, self.num_rollouts)
+        return rollouts, *self.transfer_batch_to_device(made, self.device, 0)
 
     def _scores(self, batch: PromptBatch, rollouts: Sequence[Rollout], training: bool) -> tuple[Scores, Scores]:
         """Scores of B rollouts and of their B demonstrations (each stands once for each of its rollouts), from one
@@ -211,7 +216,11 @@ class AdversarialAlignModule(LightningModule):
         return advantages_PG.flatten(), rewards_PG
 
     def _policy_backward(
-        self, sequences: SequenceBatch, advantages_B: Tensor, rollouts: Sequence[Rollout]
+        self,
+        sequences: SequenceBatch,
+        advantages_B: Tensor,
+        sampler_logps_BT: Tensor,
+        rollouts: Sequence[Rollout],
     ) -> tuple[Tensor, Metrics]:
         mask_BT = trained_mask(self.policy_loss, sequences, rollouts)
         check_finite(advantages_B, "an advantage", sequences.ids)
@@ -226,6 +235,8 @@ class AdversarialAlignModule(LightningModule):
                 denominator=share(self.policy_loss.count(mask_BT)),
                 numerics=self.numerics,
                 backward=self.manual_backward,
+                sampler_logps_BT=sampler_logps_BT,
+                mismatch=self.mismatch.resolve(self.rollout.dtype()),
                 ref_logps_BT=reference,
                 kl=self.kl,
                 what="align/policy_loss",
@@ -339,8 +350,7 @@ class AdversarialAlignModule(LightningModule):
             "align/lr": self.optimizers()[0].param_groups[0]["lr"],  # type: ignore[index]
         }
         logged |= {f"align/{name}": value for name, value in (length_summary(rollouts) | scores.diagnostics).items()}
-        if "kl" in told:
-            logged["align/kl"] = told["kl"]
+        logged |= {f"align/{name}": told[name] for name in told if name == "kl" or name.startswith("mismatch_")}
         self.log_dict(logged, batch_size=1, sync_dist=True)
         self.log("align/tokens", float(sequences.num_tokens), batch_size=1, reduce_fx="sum")
         self.log_dict(self.timer.pop(), batch_size=1)

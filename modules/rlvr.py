@@ -19,6 +19,7 @@ from prism_pl.batch import SequenceBatch
 from prism_pl.batch_draws import BatchDraws
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.groups import Group, GroupBuffer, groups_worth_training, make_groups, shuffled_minibatches
+from prism_pl.mismatch import MismatchCorrection
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
@@ -70,6 +71,8 @@ class RLVRModule(LightningModule):
         num_prompts: groups trained on at once with dynamic sampling; None: as many as a batch has prompts.
         max_refills: further batches to fill them up; then it goes on with what it has. PRISM's 10 batches in all are 9.
         overlong_buffer, overlong_penalty: DAPO's soft length punishment over the last so many tokens; None: none.
+        mismatch: of sampler and trainer; None corrects it where the sampler runs below float32, see
+            `prism_pl.mismatch`.
         kl: a pull towards the starting policy; off by default.
         schedule, warmup: of the learning rate, in optimiser steps.
         max_grad_norm: gradient clipping; None only measures.
@@ -96,6 +99,7 @@ class RLVRModule(LightningModule):
         max_refills: int = 9,
         overlong_buffer: int | None = None,
         overlong_penalty: float = 1.0,
+        mismatch: MismatchCorrection | None = None,
         kl: KLPenalty | None = None,
         schedule: Schedule = "constant",
         warmup: float = 0.0,
@@ -132,6 +136,7 @@ class RLVRModule(LightningModule):
         self.dynamic_sampling, self.num_prompts = dynamic_sampling, num_prompts
         self.buffer = GroupBuffer(max_refills)
         self.overlong_buffer, self.overlong_penalty = overlong_buffer, overlong_penalty
+        self.mismatch = mismatch or MismatchCorrection()
         warn_inert_kl(kl)
         self.kl = kl or KLPenalty()
         self.schedule: Schedule = schedule
@@ -213,7 +218,7 @@ class RLVRModule(LightningModule):
         plan = shuffled_minibatches(
             len(groups), self.num_minibatches, self.updates_per_batch, self.shuffle_seed, self.trainer.global_step
         )
-        whole = self._sequences(groups)
+        whole, _ = self._sequences(groups)
         advantages_B = self._advantages(groups, whole)
         old_BT = self.numerics.all_logps(self.policy, whole) if len(plan) > 1 else None
         ref_BT = self.numerics.all_logps(self.reference, whole) if self.kl.in_loss else None
@@ -229,10 +234,11 @@ class RLVRModule(LightningModule):
         logged["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         self.log_dict({f"rlvr/{name}": value for name, value in logged.items()}, batch_size=1, sync_dist=True)
 
-    def _sequences(self, groups: Sequence[Group]) -> SequenceBatch:
+    def _sequences(self, groups: Sequence[Group]) -> tuple[SequenceBatch, Tensor]:
+        """The trainer's tensors of the rollouts, and the sampler's log-probabilities, (B, T)."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        sequences, _ = rollout_batch(self.processor, [group.prompt for group in groups], rollouts, self.num_rollouts)
-        return self.transfer_batch_to_device(sequences, self.device, 0)
+        made = rollout_batch(self.processor, [group.prompt for group in groups], rollouts, self.num_rollouts)
+        return self.transfer_batch_to_device(made, self.device, 0)
 
     def _advantages(self, groups: Sequence[Group], sequences: SequenceBatch) -> Tensor:
         rewards_PG = torch.stack([group.rewards_G for group in groups]).to(self.device)
@@ -253,7 +259,7 @@ class RLVRModule(LightningModule):
         self, groups: Sequence[Group], advantages_B: Tensor, old_BT: Tensor | None, ref_BT: Tensor | None
     ) -> tuple[Tensor, Metrics]:
         """One optimiser step on a mini-batch: its loss, and the loss's metrics with `grad_norm`."""
-        sequences = self._sequences(groups)
+        sequences, sampler_logps_BT = self._sequences(groups)
         mask_BT = trained_mask(self.policy_loss, sequences, [r for group in groups for r in group.rollouts])
         width = mask_BT.shape[1]
         loss, told = policy_backward(
@@ -265,6 +271,8 @@ class RLVRModule(LightningModule):
             denominator=share(self.policy_loss.count(mask_BT)),
             numerics=self.numerics,
             backward=self.manual_backward,
+            sampler_logps_BT=sampler_logps_BT,
+            mismatch=self.mismatch.resolve(self.rollout.dtype()),
             old_logps_BT=None if old_BT is None else old_BT[:, :width],
             ref_logps_BT=None if ref_BT is None else ref_BT[:, :width],
             kl=self.kl,

@@ -16,6 +16,7 @@ from prism_pl.aggregation import Metrics, aggregate, combine_metrics
 from prism_pl.batch import SequenceBatch, micro_batches
 from prism_pl.logprobs import token_logps
 from prism_pl.losses import check_kl_placement, kl_estimate
+from prism_pl.mismatch import MismatchCorrection
 from prism_pl.optim import check_finite
 from prism_pl.policy_loss import ClippedLoss, PolicyLoss
 
@@ -86,6 +87,8 @@ def policy_backward(
     denominator: Tensor,
     numerics: Numerics,
     backward: Callable[[Tensor], None],
+    sampler_logps_BT: Tensor | None = None,
+    mismatch: MismatchCorrection | None = None,
     old_logps_BT: Tensor | None = None,
     ref_logps_BT: Tensor | None = None,
     kl: KLPenalty | None = None,
@@ -98,6 +101,8 @@ def policy_backward(
         denominator: what the loss sum is divided by: `policy_loss.count` of the whole update, over all ranks, divided
             by their number (`prism_pl.strategy.share`).
         backward: the module's `manual_backward`.
+        sampler_logps_BT, mismatch: the engine's log-probabilities, and what is done about their difference from the
+            trainer's. None: neither measured nor corrected.
         old_logps_BT: of the trainer at the rollouts' weights. None: this batch is used once, so they are the current
             ones and the ratio is exactly 1.
         ref_logps_BT: of the frozen reference, where `kl` is in the loss.
@@ -112,9 +117,14 @@ def policy_backward(
         logps_BT, entropy_BT = numerics.logps(policy, piece)
         old_BT = logps_BT.detach() if old_logps_BT is None else old_logps_BT[rows]
         mask = mask_BT[rows]
-        loss, told = policy_loss(logps_BT, old_BT, advantages_B[rows], mask, denominator=denominator)
+        weights_BT, measured = None, {}
+        if mismatch is not None and sampler_logps_BT is not None:
+            weights_BT, measured = mismatch(old_BT, sampler_logps_BT[rows], mask)
+        loss, told = policy_loss(
+            logps_BT, old_BT, advantages_B[rows], mask, denominator=denominator, weights_BT=weights_BT
+        )
         # Micro-batches are merged by the number of tokens, which a loss of one's own need not give.
-        told = {**told, "num_tokens": mask.sum()}
+        told = {**told, **measured, "num_tokens": mask.sum()}
         told["entropy"] = entropy_BT[mask].mean()
         if kl is not None and kl.in_loss:
             assert ref_logps_BT is not None

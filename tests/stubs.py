@@ -60,6 +60,9 @@ class ScriptedEngine:
             for b, (p, ids) in enumerate(zip(prompt_of, responses, strict=True))
         ]
 
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
     def sync(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None: ...
     def sleep(self) -> None: ...
     def wake(self) -> None: ...

@@ -107,6 +107,11 @@ def test_the_policy_answers_to_the_discriminator_from_before_its_update(random_p
     assert rewards[0].std() > 1e-3
 
 
+def test_the_samplers_mismatch_is_measured(random_policy, tmp_path):
+    _, record = fit(make(random_policy), Rows(make_examples(2)), tmp_path)
+    assert record.steps[0]["align/mismatch_max"] == pytest.approx(0, abs=1e-5)
+
+
 def test_the_same_text_on_both_sides_gives_a_gap_of_exactly_0(random_policy, tmp_path):
     spaced = DEMONSTRATION.replace("\n", " \n ")
     module = make(random_policy, [DEMONSTRATION, spaced])

@@ -45,6 +45,9 @@ class ScriptedEngine:
         self.num_drawn = drawn.stop
         return [Rollout([], [], [], self.texts[i % len(self.texts)], "stop") for i in drawn]
 
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
     def sync(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None: ...
     def sleep(self) -> None: ...
     def wake(self) -> None: ...

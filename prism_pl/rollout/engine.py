@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from prism_pl.batch import Example
@@ -93,6 +94,10 @@ class RolloutEngine(Protocol):
 
     def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
         """`num_samples` rollouts an example, prompt by prompt: rollout g of example p stands at p * num_samples + g."""
+        ...
+
+    def dtype(self) -> torch.dtype:
+        """In which sampling computes: below float32 its probabilities are not quite the trainer's."""
         ...
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:

@@ -126,6 +126,12 @@ class TransformersEngine:
             torch.manual_seed(seed)
             yield
 
+    def dtype(self) -> torch.dtype:
+        """The live policy's, or that of the autocast around the call."""
+        weight = self.policy.get_input_embeddings().weight
+        device = weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Nothing to copy: the engine reads the live policy, and no cache outlives a `generate`."""
 
