@@ -47,7 +47,6 @@ class Optimiser(NamedTuple):
 # In the order in which the module configures them.
 OPTIMISERS = {
     "digits/pretrain": [Optimiser(1e-3, 0.01, (0.9, 0.98), "cosine", 0.05)],
-    "digits/reckon": [Optimiser(1e-3, 0.01, (0.9, 0.98), "cosine", 0.05)],
     "sft": [Optimiser(1e-3, 0.01, (0.9, 0.98), "cosine", 0.1)],
     "warmup": [Optimiser(3e-4, 0.01, (0.9, 0.999), "cosine", 0.1)],
     "align": [
@@ -76,7 +75,6 @@ RLVR_TAGS = (
 )
 TAGS = {
     "digits/pretrain": SFT_TAGS,
-    "digits/reckon": SFT_TAGS,
     "sft": SFT_TAGS,
     "warmup": {"warmup/loss"} | each("warmup/pair_accuracy", *EXPERTS) | each("warmup/val_pair_accuracy", *EXPERTS),
     "align": each("align/reward_gap", *EXPERTS)
