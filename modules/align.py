@@ -157,6 +157,7 @@ class AdversarialAlignModule(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         with self.timer.phase("rollout"):
             rollouts, sequences, sampler_logps_BT = self._sample(batch)
+            self.rollout.sleep()
         with self.timer.phase("score"):
             # Before the discriminator's update: the policy is judged by the judge it answered to.
             scores, demonstration_scores = self._scores(batch, rollouts, training=False)
@@ -353,4 +354,4 @@ class AdversarialAlignModule(LightningModule):
         logged |= {f"align/{name}": told[name] for name in told if name == "kl" or name.startswith("mismatch_")}
         self.log_dict(logged, batch_size=1, sync_dist=True)
         self.log("align/tokens", float(sequences.num_tokens), batch_size=1, reduce_fx="sum")
-        self.log_dict(self.timer.pop(), batch_size=1)
+        self.log_dict(self.timer.pop() | self.rollout.metrics(), batch_size=1)

@@ -176,11 +176,12 @@ class RLVRModule(LightningModule):
         self._log_batch(rollouts, rewarded)
         groups = self._groups(batch, rollouts, rewarded)
         if groups:
+            self.rollout.sleep()
             with self.timer.phase("policy"):
                 self._train(groups)
             with self.timer.phase("sync"):
                 self.rollout.sync(self.policy.named_parameters())
-        self.log_dict(self.timer.pop(), batch_size=1)
+        self.log_dict(self.timer.pop() | self.rollout.metrics(), batch_size=1)
         return self._output(batch, rollouts, rewarded)
 
     def _reward(self, batch: PromptBatch, rollouts: Sequence[Rollout]) -> RewardOutput:

@@ -133,6 +133,7 @@ class DiscriminatorModule(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         self._rows = batch.ids
         rejected = self._rejected(batch.examples, self.sampling)
+        self.rollout.sleep()
         chosen, rolled = self(batch, rejected, training=True)
         valid_B = rolled.valid_B
         loss, told = discriminator_loss(chosen, rolled, self.label_smoothing, self.score_l2)

@@ -86,15 +86,30 @@ class Processor:
 
     def prompt(self, example: Example) -> Prompt:
         """Encode system prompt, images and question of an example."""
-        content: list[dict[str, str]] = [{"type": "image"} for _ in example.images]
-        content.append({"type": "text", "text": example.question})
-        system = SYSTEM_PROMPT if example.system is None else example.system
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.prompt_text(example)
         raw_ids = self.tokenizer(text, add_special_tokens=False).input_ids
         pixel_values_NC, grids_I3 = self._images(example)
         ids, positions_3S, next_position = self._expand(raw_ids, grids_I3, example)
         return Prompt(example.id, text, ids, positions_3S, next_position, pixel_values_NC, grids_I3)
+
+    def prompt_text(self, example: Example) -> str:
+        """The chat text of an example's prompt, with one placeholder an image."""
+        content: list[dict[str, str]] = [{"type": "image"} for _ in example.images]
+        content.append({"type": "text", "text": example.question})
+        system = SYSTEM_PROMPT if example.system is None else example.system
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def prompt_ids(self, text: str, images: Sequence["Image"]) -> list[int]:
+        """`Prompt.ids` from the chat text and the images' sizes alone, without their patches."""
+        counts = iter([self._num_visual_tokens(image) for image in images])
+        raw_ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        runs = [[i] * next(counts, 1) if i == self.image_token_id else [i] for i in raw_ids]
+        return [i for run in runs for i in run]
+
+    def _num_visual_tokens(self, image: "Image") -> int:
+        patches = self.image_processor.get_number_of_image_patches(image.height, image.width, {})
+        return patches // self.image_processor.merge_size**2
 
     def _images(self, example: Example) -> tuple[Tensor, Tensor]:
         if not example.images:

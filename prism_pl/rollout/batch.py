@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prism_pl.batch import SequenceBatch
 from prism_pl.processor import Processor, Prompt
+from prism_pl.rollout.contract import check_prompt_ids
 from prism_pl.rollout.engine import Rollout
 
 
@@ -29,12 +30,7 @@ def rollout_batch(
     assert len(rollouts) == len(prompts) * num_samples, (len(rollouts), len(prompts), num_samples)
     prompt_of = [b // num_samples for b in range(len(rollouts))]
     for p, rollout in zip(prompt_of, rollouts, strict=True):
-        if rollout.prompt_ids != prompts[p].ids:
-            raise ValueError(
-                f"rollout contract: the engine read another prompt than the trainer for example {prompts[p].id!r} "
-                f"({len(rollout.prompt_ids)} and {len(prompts[p].ids)} tokens): give both the same tokenizer, chat "
-                "template, system prompt and max_pixels"
-            )
+        check_prompt_ids(rollout.prompt_ids, prompts[p].ids, processor.image_token_id, prompts[p].id)
         assert len(rollout.sampler_logps) == len(rollout.response_ids)
     batch = processor.sequences(prompts, [rollout.response_ids for rollout in rollouts], prompt_of)
     logps = [torch.tensor(rollout.sampler_logps, dtype=torch.float32) for rollout in rollouts]

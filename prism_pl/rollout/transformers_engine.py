@@ -4,11 +4,9 @@ Each prompt is prefilled once, images included, for all its samples; `generate` 
 samples from the live policy, so there are no weights to copy.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -16,15 +14,18 @@ from torch.nn.utils.rnn import pad_sequence
 from prism_pl.batch import Example
 from prism_pl.optim import check_finite
 from prism_pl.processor import Processor, Prompt
+from prism_pl.rollout.draws import Draws
 from prism_pl.rollout.engine import Rollout, Sampling
+from prism_pl.rollout.inference import inference
+from prism_pl.rollout.probe import Probe
+from prism_pl.rollout.ranks import RankCheck
 
 
 class TransformersEngine:
     """Samples with transformers' `generate`.
 
-    Draws are a function of (seed, rank, number of earlier draws), where the seed is torch's at `start` (so
-    `seed_everything` sets it): a resumed run draws what the whole one would have drawn, and the global random number
-    generator stays as it is. A call with `Sampling.seed` depends on that seed and the rank alone and counts as no draw.
+    A resumed run draws what the whole one would have drawn (`prism_pl.rollout.draws.Draws`), and the global random
+    number generator stays as it is.
 
     Args:
         batch_size: sequences decoded at once.
@@ -39,20 +40,27 @@ class TransformersEngine:
         """Keep hold of the live policy. Called once, before everything else."""
         self.policy = policy
         self.processor = processor
-        self.rank = rank
-        self.seed = torch.initial_seed()
-        self.num_draws = 0
+        self.draws = Draws(rank)
+        self.ranks = RankCheck(self.draws)
+        self.probe = Probe()
 
-    @torch.no_grad()
     def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
         """`num_samples` rollouts an example, prompt by prompt. A response ends at the end-of-turn token or, as Qwen's
         own generation configuration has it, at the end-of-text token. Greedy log-probabilities are of temperature 1.
         """
+        rollouts = self._generate(examples, num_samples, sampling)
+        self.probe.remember(examples)
+        self.ranks.remember(rollouts, sampling)
+        return rollouts
+
+    @torch.no_grad()
+    def _generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
         prompts = [self.processor.prompt(example) for example in examples]
         # Neighbours of like length share a batch: less padding. Rows of a prompt stay together.
         order = sorted(range(len(prompts) * num_samples), key=lambda b: len(prompts[b // num_samples].ids))
         rollouts: dict[int, Rollout] = {}
-        with _inference(self.policy), self._random_draws(sampling):
+        device = self.policy.get_input_embeddings().weight.device
+        with inference(self.policy), self.draws.seeded(sampling, device):
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 chunk = self._generate_chunk([prompts[b // num_samples] for b in rows], sampling)
@@ -71,7 +79,7 @@ class TransformersEngine:
             prompt_of.append(len(distinct) - 1)
         device = self.policy.get_input_embeddings().weight.device
         row_of = torch.tensor(prompt_of, device=device)
-        ids_PS, mask_PS, positions_3PS = _left_padded(distinct, self.processor.pad_id, device)
+        ids_PS, mask_PS, positions_3PS = left_padded(distinct, self.processor.pad_id, device)
         cache = _prefill(self.policy.model, distinct, ids_PS, mask_PS, positions_3PS)
         cache.batch_select_indices(row_of)
         stop_ids = [self.processor.eos_id, self.processor.pad_id]
@@ -112,20 +120,6 @@ class TransformersEngine:
             finish_reason="length" if end is None else "stop",
         )
 
-    @contextmanager
-    def _random_draws(self, sampling: Sampling) -> Iterator[None]:
-        """`generate` draws from the global generators: seed them for this call, and put them back after it."""
-        if sampling.seed is not None:
-            entropy = [sampling.seed, self.rank]
-        else:
-            entropy = [self.seed, self.rank, self.num_draws]
-            self.num_draws += 1
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-        device = self.policy.get_input_embeddings().weight.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-
     def dtype(self) -> torch.dtype:
         """The live policy's, or that of the autocast around the call."""
         weight = self.policy.get_input_embeddings().weight
@@ -133,7 +127,9 @@ class TransformersEngine:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Nothing to copy: the engine reads the live policy, and no cache outlives a `generate`."""
+        """Nothing to copy: it reads the live policy, and no cache outlives a `generate`. Probed all the same."""
+        self.ranks.check_draws()
+        self.probe.check(self._generate, self.policy, self.processor)
 
     def sleep(self) -> None:
         """Nothing to free: between calls the engine holds no memory of its own."""
@@ -141,37 +137,23 @@ class TransformersEngine:
     def wake(self) -> None:
         """Nothing to take back."""
 
+    def metrics(self) -> dict[str, float]:
+        """The probe's difference after the last sync, and the share of draws that other ranks drew too."""
+        return self.probe.metrics() | self.ranks.metrics()
+
     def state_dict(self) -> dict[str, Any]:
-        """What the next draws depend on. The rank is not in it: every rank may load the first one's."""
-        return {"seed": self.seed, "num_draws": self.num_draws}
+        """What the next draws depend on, the same for every rank."""
+        return self.draws.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on drawing where `state` was saved."""
-        self.seed, self.num_draws = state["seed"], state["num_draws"]
+        self.draws.load_state_dict(state)
 
     def close(self) -> None:
         """Nothing to shut down."""
 
 
-@contextmanager
-def _inference(policy: Any) -> Iterator[None]:
-    """The policy in evaluation mode (which also stops gradient checkpointing from refusing a cache), without its own
-    generation defaults, such as a repetition penalty; afterwards everything as it was."""
-    from transformers import GenerationConfig
-
-    training = [module for module in policy.modules() if module.training]
-    defaults = policy.generation_config
-    policy.eval()
-    policy.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        policy.generation_config = defaults
-        for module in training:
-            module.training = True
-
-
-def _left_padded(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def left_padded(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Ids (P, S), attention mask (P, S) and positions (3, P, S), padded at the left as decoding needs it."""
     lengths_P = torch.tensor([len(prompt.ids) for prompt in prompts])
     ids_PS = pad_sequence(

@@ -1,0 +1,157 @@
+"""What a rollout engine and the trainer promise each other, checked in the loop.
+
+A broken promise rarely crashes: the samples are then of another policy, or of another prompt, and the loss goes on
+falling. Every check here is a ValueError that begins with "rollout contract" and names the cause.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from prism_pl.rollout.engine import Rollout
+
+# Whoever draws the same response by chance, at this log-probability or below, does so once in e^30 times.
+UNLIKELY = -30.0
+
+
+def check_prompt_ids(returned: Sequence[int], expected: Sequence[int], image_token_id: int, row: str) -> None:
+    """ValueError where the engine read another prompt than the trainer: then its log-probabilities, and the rollouts
+    themselves, are of another distribution.
+
+    Args:
+        returned, expected: the engine's and the trainer's prompt, image placeholders expanded.
+        row: the example's id.
+    """
+    if list(returned) == list(expected):
+        return
+    theirs, ours = (list(ids).count(image_token_id) for ids in (returned, expected))
+    if theirs != ours:
+        raise ValueError(
+            f"rollout contract: example {row!r} has {theirs} image tokens in the engine and {ours} in the trainer: "
+            "give both the same max_pixels, and the engine one placeholder an image, not expanded ones"
+        )
+    raise ValueError(
+        f"rollout contract: the engine read another prompt than the trainer for example {row!r} "
+        f"({len(returned)} and {len(expected)} tokens): give both the same tokenizer, chat template, system prompt and "
+        "max_pixels"
+    )
+
+
+class StreamDigest:
+    """A checksum of a stream of named tensors: of names, shapes and bits, in order.
+
+    The sums stay on the tensors' device until they are compared, so that a stream is waited for once.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._sums: list[Tensor] = []
+
+    def watch(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The stream as it is, added up while it passes."""
+        for name, tensor in stream:
+            self.names.append(name)
+            self._sums.append(_bit_sum(tensor) + zlib.crc32(str(tuple(tensor.shape)).encode()))
+            yield name, tensor
+
+    def entries(self) -> list[tuple[str, int]]:
+        """Each name with its tensor's checksum."""
+        return list(zip(self.names, torch.stack(self._sums).tolist() if self._sums else [], strict=True))
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(-1).view(bits).sum(dtype=torch.int64)
+
+
+def check_received(sent: StreamDigest, received: StreamDigest) -> None:
+    """ValueError where the engine did not receive the very tensors that were sent, in their order."""
+    ours, theirs = sent.entries(), received.entries()
+    for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+        if one != other:
+            what = f"{other[0]!r} in its place" if one[0] != other[0] else "other values"
+            raise ValueError(
+                f"rollout contract: tensor {number} of the weight sync, {one[0]!r}, reached the engine with {what} "
+                "(checksums differ)"
+            )
+    if len(ours) != len(theirs):
+        raise ValueError(f"rollout contract: {len(ours)} tensors were sent to the engine and {len(theirs)} arrived")
+
+
+def check_names(sent: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError where a sync does not send the policy's parameters: nothing missing, nothing unknown.
+
+    Args:
+        sent, expected: shapes by name, of this sync and of the policy that the engine was started with.
+    """
+    missing, unknown = sorted(expected.keys() - sent.keys()), sorted(sent.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"rollout contract: a sync must send every parameter of the policy once; missing: {missing[:3]}, unknown: "
+            f"{unknown[:3]} ({len(missing)} and {len(unknown)} in all)"
+        )
+    for name, shape in sent.items():
+        if shape != expected[name]:
+            raise ValueError(f"rollout contract: {name!r} has the shape {shape} in a sync, and {expected[name]} before")
+
+
+def check_loaded(loaded: set[str], parameters: set[str]) -> None:
+    """ValueError where a sync left a parameter of the engine's model as it was.
+
+    Args:
+        loaded: what the engine says it has loaded, by its own names.
+        parameters: what its model has.
+    """
+    stale = sorted(parameters - loaded)
+    if stale:
+        raise ValueError(
+            f"rollout contract: {len(stale)} parameters of the engine kept their old weights in a sync, e.g. "
+            f"{stale[0]!r}"
+        )
+
+
+def check_rank_seeds(seeds: Sequence[tuple[int, int]], groups: Sequence[int]) -> None:
+    """ValueError where two engines would draw the same numbers.
+
+    Args:
+        seeds: of each rank, what its draws start from: torch's seed and its own number.
+        groups: of each rank, which engine it belongs to.
+    """
+    owner: dict[tuple[int, int], int] = {}
+    for seed, group in zip(seeds, groups, strict=True):
+        if owner.setdefault(seed, group) != group:
+            raise ValueError(
+                f"rollout contract: the engines {owner[seed]} and {group} have the same seed, so their rollouts would "
+                "repeat each other: give `start` each process's own rank"
+            )
+
+
+def draw_prints(rollouts: Sequence[Rollout], num: int = 16) -> list[tuple[int, float]]:
+    """What other ranks need to recognise these draws: a checksum and the log-probability of the first `num`."""
+    ids = [",".join(map(str, rollout.response_ids)).encode() for rollout in rollouts[:num]]
+    return [(zlib.crc32(each), sum(r.sampler_logps)) for each, r in zip(ids, rollouts, strict=False)]
+
+
+def check_rank_draws(prints: Sequence[Sequence[tuple[int, float]]], groups: Sequence[int]) -> float:
+    """The share of draws that another engine drew too. A sharp policy may repeat itself; a long response of a flat one
+    that stands on two engines, at the same place, is a ValueError: their generators run in step.
+
+    Args:
+        prints: `draw_prints` of each rank.
+        groups: of each rank, which engine it belongs to.
+    """
+    first = {group: list(prints[rank]) for rank, group in reversed(list(enumerate(groups)))}
+    repeated = total = 0
+    for group, other in combinations(sorted(first), 2):
+        for (one, logp), (two, _) in zip(first[group], first[other], strict=False):
+            total += 1
+            repeated += one == two
+            if one == two and logp < UNLIKELY:
+                raise ValueError(
+                    f"rollout contract: the engines {group} and {other} drew the same response, of log-probability "
+                    f"{logp:.1f}: their generators run in step, so the batch holds every rollout twice"
+                )
+    return repeated / total if total else 0.0

@@ -1,0 +1,52 @@
+"""Which random numbers a call of an engine draws: the same in a resumed run as in the whole one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from prism_pl.rollout.engine import Sampling
+
+
+class Draws:
+    """Draws as a function of (seed, rank, number of earlier draws).
+
+    The seed is torch's when this is made, so `seed_everything` sets it. A call with `Sampling.seed` depends on that
+    seed and the rank alone and counts as no draw.
+
+    Args:
+        rank: whose draws; ranks that share one engine share one.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.seed = torch.initial_seed()
+        self.num_draws = 0
+
+    @contextmanager
+    def seeded(self, sampling: Sampling, device: torch.device) -> Iterator[None]:
+        """Engines draw from the global generators: seed them for one call, and put them back after it."""
+        if sampling.seed is not None:
+            entropy = [sampling.seed, self.rank]
+        else:
+            entropy = [self.seed, self.rank, self.num_draws]
+            self.num_draws += 1
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+        numpy_state = np.random.get_state()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # vLLM's newer model runner takes its requests' seeds from numpy
+            try:
+                yield
+            finally:
+                np.random.set_state(numpy_state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next draws depend on. The rank is not in it: every rank may load the first one's."""
+        return {"seed": self.seed, "num_draws": self.num_draws}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on drawing where `state` was saved."""
+        self.seed, self.num_draws = state["seed"], state["num_draws"]

@@ -1,0 +1,84 @@
+"""The ranks of a run beside each other: engines must not draw the same rollouts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from prism_pl.rollout.contract import check_rank_draws, check_rank_seeds, draw_prints
+from prism_pl.rollout.draws import Draws
+from prism_pl.rollout.engine import Rollout, Sampling
+from prism_pl.strategy import world_size
+
+
+class RankCheck:
+    """Compares seeds at the start, and draws at each sync: those are the moments that every rank comes to.
+
+    Args:
+        draws: this rank's.
+        size: ranks to an engine.
+    """
+
+    def __init__(self, draws: Draws, size: int = 1) -> None:
+        self.prints: list[tuple[int, float]] = []
+        self.repeated = 0.0
+        self.groups = [rank // size for rank in range(world_size())]
+        check_rank_seeds(_gathered((draws.seed, draws.rank)), self.groups)
+
+    def remember(self, rollouts: Sequence[Rollout], sampling: Sampling) -> None:
+        """Keep what the engine drew. A seeded call is asked for by its seed, and a greedy one draws nothing."""
+        if sampling.seed is None and sampling.temperature > 0:
+            self.prints = draw_prints(rollouts)
+
+    def check_draws(self) -> None:
+        """ValueError where two engines drew the same."""
+        if len(self.groups) > 1:
+            self.repeated = check_rank_draws(_gathered(self.prints), self.groups)
+
+    def metrics(self) -> dict[str, float]:
+        """The share of the last draws that stood on another engine too."""
+        return {"rollout/repeated_draws": self.repeated} if len(self.groups) > 1 else {}
+
+
+def _gathered(value: Any) -> list[Any]:
+    """A plain value of every rank, in order; of this one alone where nothing is distributed."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+class TensorGroup:
+    """Ranks that share an engine by tensor parallelism: neighbours, which generate for all of them together.
+
+    Args:
+        size: ranks to an engine.
+
+    Attributes:
+        number: which of the run's engines this rank belongs to.
+    """
+
+    def __init__(self, size: int) -> None:
+        world = world_size()
+        if world % size:
+            raise ValueError(
+                f"engine tensor_parallel is {size}, and the run has {world} processes: it must divide their number"
+            )
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self.number, self.place = divmod(rank, size)
+        self.size = size
+        self.group: Any = None
+        if size > 1:
+            # Every rank makes every group, in the same order, as torch asks for.
+            groups = [torch.distributed.new_group(range(k, k + size), backend="gloo") for k in range(0, world, size)]
+            self.group = groups[self.number]
+
+    def union(self, rows: Sequence[Any]) -> tuple[list[Any], slice]:
+        """The rows of all ranks of the group, in order, and where this rank's stand among them."""
+        if self.size == 1:
+            return list(rows), slice(0, len(rows))
+        parts: list[list[Any]] = [[] for _ in range(self.size)]
+        torch.distributed.all_gather_object(parts, list(rows), group=self.group)
+        start = sum(len(part) for part in parts[: self.place])
+        return [row for part in parts for row in part], slice(start, start + len(rows))

@@ -1,0 +1,146 @@
+"""Everything that depends on vLLM's version or build, 0.24 to 0.32, so that nothing else asks.
+
+vLLM's CPU build has no distribution of the name `vllm`: the version is read from the module.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST, NEWEST = (0, 24), (0, 32)
+
+# Read by vLLM when it is imported, or while it starts.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, beside the weights
+    "VLLM_LOGGING_LEVEL": "CRITICAL",  # at ERROR a dying engine prints every input it holds
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay where they are
+}
+
+
+def import_vllm() -> Any:
+    """The module, set up for an engine inside a training process. ImportError where it is not installed or broken,
+    ValueError for a version that was never tried."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import vllm
+
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    version = version_of(vllm.__version__)
+    if not OLDEST <= version <= NEWEST:
+        raise ValueError(
+            f"vllm {vllm.__version__} is installed; the rollout engine is made for 0.24 to 0.32: install one of these, "
+            "or take prism_pl.rollout.TransformersEngine"
+        )
+    return vllm
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """The first two numbers: (0, 32) for "0.32.0+cpu"."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def engine_options(on_cpu: bool) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that depend on the build."""
+    if on_cpu:
+        # Blocks of 128, the CPU's default, are longer than most prompts of a small policy: none would be shared.
+        return {"enforce_eager": True, "block_size": 32}
+    return {"enable_sleep_mode": True}
+
+
+def eager(on_cpu: bool) -> Any:
+    """A context in which vLLM compiles nothing, on a CPU: helper functions of its sampler would take half a minute."""
+    return torch.compiler.set_stance("force_eager") if on_cpu else nullcontext()
+
+
+@contextmanager
+def process_state() -> Iterator[None]:
+    """Start an engine and leave the process as it was: starting one seeds all generators, freezes the garbage
+    collector's objects and, on a CPU, takes `torch.set_num_threads` away."""
+    import gc
+    import random
+
+    import numpy as np
+
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    matmul = torch.get_float32_matmul_precision()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(num_threads)
+            torch.set_float32_matmul_precision(matmul)
+            gc.unfreeze()
+
+
+def register_loader(load: Callable[[Any], None]) -> str:
+    """A load format by which `load(model)` fills a new model with weights. vLLM's own `dummy` would do for the
+    parameters, but it also overwrites buffers that no sync sends, such as 0.32's image normalisation."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    class LiveWeights(BaseModelLoader):
+        def download_model(self, model_config: Any) -> None:
+            """There is nothing to download."""
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            load(model)
+
+    register_model_loader("prism_live")(LiveWeights)
+    return "prism_live"
+
+
+def load_weights(worker: Any, stream: Iterable[tuple[str, Tensor]], on_cpu: bool) -> set[str]:
+    """Load a stream of weights with their Hugging Face names; the names that vLLM gives what it loaded.
+
+    On a GPU the parameters take the weights over as they come. On a CPU linear layers are packed: each is put together
+    from its checkpoint form and packed anew, and loading into the packed one would corrupt it. A tied head is packed by
+    hand: its weights arrive under the embeddings' name, and vLLM 0.32 would go on with the head that it packed before.
+    """
+    model = worker.get_model()
+    if not on_cpu:
+        return model.load_weights(stream)
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    loaded = model.load_weights(stream)
+    finalize_layerwise_reload(model, worker.model_config)
+    head = model.language_model.lm_head
+    head.quant_method.process_weights_after_loading(head)
+    return loaded
+
+
+def shut_down(llm: Any) -> None:
+    """Stop an engine, without the last thing that vLLM does: taking down torch's process groups, the trainer's too."""
+    from vllm.v1.engine import core
+
+    clean_up = core.cleanup_dist_env_and_memory
+    core.cleanup_dist_env_and_memory = lambda: None
+    try:
+        llm.llm_engine.engine_core.shutdown()
+    finally:
+        core.cleanup_dist_env_and_memory = clean_up
+
+
+def leave_process_groups(torchs_own: bool) -> None:
+    """Take down vLLM's model-parallel groups, once no engine is left; the next one may have other sizes.
+
+    Args:
+        torchs_own: and torch's group, where it was made for the engines alone.
+    """
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    destroy_model_parallel()
+    if torchs_own:
+        destroy_distributed_environment()

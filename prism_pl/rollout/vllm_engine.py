@@ -1,0 +1,260 @@
+"""Rollouts with vLLM, inside the training process: one engine a rank, or one for several by tensor parallelism.
+
+The engine holds a copy of the policy's weights, so it samples from what the last `sync` sent. What can go wrong with
+that is checked in the loop, see `prism_pl.rollout.contract`.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from prism_pl.batch import Example
+from prism_pl.processor import Processor, open_image
+from prism_pl.rollout import vllm_compat
+from prism_pl.rollout.contract import check_prompt_ids
+from prism_pl.rollout.draws import Draws
+from prism_pl.rollout.engine import Rollout, Sampling
+from prism_pl.rollout.probe import Probe
+from prism_pl.rollout.ranks import RankCheck, TensorGroup
+from prism_pl.rollout.vllm_launch import Dtype, Launched, LaunchOptions
+from prism_pl.rollout.vllm_sync import WeightSender
+
+
+class VLLMEngine:
+    """Samples with vLLM 0.24 to 0.32.
+
+    A resumed run draws what the whole one would have drawn (`prism_pl.rollout.draws.Draws`): vLLM draws from the global
+    generators, which are seeded for each call and put back after it, so draws cost what vLLM's own do.
+
+    Args:
+        tensor_parallel: ranks that share an engine. They generate for the batches of all of them, together.
+        dtype: of the engine's weights; `auto` is float32 on a CPU and bfloat16 on a GPU.
+        max_model_len: longest prompt and response together, in tokens; None: what the policy and the cache allow.
+        max_num_seqs: sequences decoded at once; None: vLLM's default.
+        max_images: most images in a prompt.
+        gpu_memory: the engine's share of a GPU's memory, weights and cache. It is lent to training while it sleeps.
+        kv_cache_mb: size of the key-value cache in MiB; None: 64 on a CPU, by `gpu_memory` on a GPU.
+        sleep: give the memory back during the training part of a step (on a GPU; a CPU engine keeps it).
+    """
+
+    def __init__(
+        self,
+        tensor_parallel: int = 1,
+        dtype: Dtype = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_images: int = 4,
+        gpu_memory: float = 0.4,
+        kv_cache_mb: int | None = None,
+        sleep: bool = True,
+    ) -> None:
+        for name, value in (("tensor_parallel", tensor_parallel), ("max_images", max_images)):
+            if value < 1:
+                raise ValueError(f"engine {name} is {value}: give at least 1")
+        if not 0 < gpu_memory < 1:
+            raise ValueError(f"engine gpu_memory is {gpu_memory}: a share of the memory, give a number between 0 and 1")
+        self.options = LaunchOptions(
+            tensor_parallel, dtype, max_model_len, max_num_seqs, max_images, gpu_memory, kv_cache_mb
+        )
+        self.sleeps = sleep
+        self.launched: Launched | None = None
+        self.dead: str | None = None
+        self.asleep = False
+
+    def start(self, policy: Any, processor: Processor, *, rank: int) -> None:
+        """Start vLLM from the live policy, whatever it was loaded from. Called once, before everything else."""
+        self.close()
+        self.policy, self.processor = policy, processor
+        self.on_cpu = policy.get_input_embeddings().weight.device.type == "cpu"
+        size = self.options.tensor_parallel
+        self.tensor_group = TensorGroup(size)
+        self.draws = Draws(rank // size)
+        self.ranks = RankCheck(self.draws, size)
+        self.sender = WeightSender(policy)
+        self.launched = Launched(policy, processor, self.options, partial(self.sender.fill, policy))
+        self.stale = True
+        self.probe = Probe(self.launched.dtype)
+        self._memory: dict[str, float] = {}
+
+    def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
+        """`num_samples` rollouts an example, prompt by prompt. A response ends at the end-of-turn token or, as Qwen's
+        own generation configuration has it, at the end-of-text token. Greedy log-probabilities are of temperature 1.
+
+        Raises RuntimeError where vLLM stops, with its reason, and ValueError for a prompt that does not fit.
+        """
+        if self.stale:
+            # A strategy may restore a checkpoint after the start.
+            self._load(self.policy.named_parameters())
+        self.wake()
+        rollouts = self._generate(examples, num_samples, sampling)
+        self.probe.remember(examples)
+        self.ranks.remember(rollouts, sampling)
+        return rollouts
+
+    def _generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
+        everyones, mine = self.tensor_group.union(examples)
+        prompts = [self._prompt(example, sampling) for example in everyones]
+        greedy = sampling.temperature == 0
+        if not greedy:
+            # A cached prefix changes which sequences are decoded together, and with them which of them draws what.
+            self._forget_prompts()
+        params = self._sampling_params(1 if greedy else num_samples, sampling)
+        device = self.policy.get_input_embeddings().weight.device
+        with self.draws.seeded(sampling, device), vllm_compat.eager(self.on_cpu):
+            outputs = self._run([prompt for prompt, _ in prompts], params, [example.id for example in everyones])
+        rollouts: list[Rollout] = []
+        for example, (_, expected), output in list(zip(everyones, prompts, outputs, strict=True))[mine]:
+            check_prompt_ids(output.prompt_token_ids, expected, self.processor.image_token_id, example.id)
+            drawn = [self._rollout(expected, completion) for completion in output.outputs]
+            rollouts += drawn * num_samples if greedy else drawn
+        return rollouts
+
+    def _prompt(self, example: Example, sampling: Sampling) -> tuple[dict[str, Any], list[int]]:
+        """vLLM's request, and the prompt ids that it must come to."""
+        assert self.launched is not None
+        images = [open_image(image, example.id) for image in example.images]
+        text = self.processor.prompt_text(example)
+        ids = self.processor.prompt_ids(text, images)
+        longest = self.launched.max_model_len
+        if len(ids) + sampling.max_tokens > longest:
+            raise ValueError(
+                f"row {example.id!r}: a prompt of {len(ids)} tokens and sampling.max_tokens={sampling.max_tokens} do "
+                f"not fit into the engine's {longest}: raise its max_model_len or kv_cache_mb, or lower max_tokens"
+            )
+        request: dict[str, Any] = {"prompt": text}
+        if images:
+            request["multi_modal_data"] = {"image": images}
+        return request, ids
+
+    def _sampling_params(self, num_samples: int, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+
+        if 0 < sampling.temperature < 0.01:
+            raise ValueError(
+                f"sampling.temperature is {sampling.temperature}: vLLM samples below 0.01 as at 0.01; give at least "
+                "that, or 0 for greedy"
+            )
+        return SamplingParams(
+            n=num_samples,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=[self.processor.eos_id, self.processor.pad_id],
+            ignore_eos=True,  # the line above says where a response ends, whatever the config does
+            logit_bias={i: float("-inf") for i in self.processor.banned_ids},
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    def _run(self, requests: list[dict[str, Any]], params: Any, rows: list[str]) -> list[Any]:
+        """vLLM's outputs. Whatever stops it leaves requests behind inside: the engine is not used again."""
+        llm = self._llm
+        try:
+            return llm.generate(requests, params, use_tqdm=False)
+        except Exception as error:
+            self.dead = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"the rollout engine (vLLM) stopped on rows {rows[:4]}: {self.dead}") from error
+
+    @property
+    def _llm(self) -> Any:
+        """The running `vllm.LLM`."""
+        if self.dead is not None:
+            raise RuntimeError(f"the rollout engine stopped before: {self.dead}")
+        assert self.launched is not None, "start the engine first"
+        return self.launched.llm
+
+    def _rollout(self, prompt_ids: list[int], completion: Any) -> Rollout:
+        ids = list(completion.token_ids)
+        logps = list(completion.logprobs.logprobs)
+        assert len(logps) == len(ids), (len(logps), len(ids))
+        return Rollout(
+            prompt_ids=prompt_ids,
+            response_ids=ids,
+            sampler_logps=logps,
+            text=self.processor.decode(ids),
+            finish_reason=completion.finish_reason,
+        )
+
+    def dtype(self) -> torch.dtype:
+        """In which vLLM computes."""
+        assert self.launched is not None, "start the engine first"
+        return self.launched.dtype
+
+    def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over the policy's weights, forget every cache made with the old ones, and probe. A sleeping engine
+        wakes: memory for the weights, the weights, and only then memory for the cache."""
+        self.ranks.check_draws()
+        self._load(named_parameters)
+        self.probe.check(self._generate, self.policy, self.processor)
+
+    def _load(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        llm = self._llm
+        if self.asleep:
+            llm.wake_up(tags=["weights"])
+        self.sender.send(llm, named_parameters, self.on_cpu)
+        if self.asleep:
+            llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+            self._note_memory("awake")
+        self.stale = False
+        self._forget_prompts()
+        self._forget_images()
+
+    def _forget_prompts(self) -> None:
+        """Keys, values and image features of earlier prompts."""
+        self._llm.reset_prefix_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+
+    def _forget_images(self) -> None:
+        """Prepared images of earlier prompts."""
+        self._llm.reset_mm_cache()
+
+    def sleep(self) -> None:
+        """Drop weights and cache until the next `sync`, `wake` or `generate`, which bring the policy's weights anew."""
+        if not self.sleeps or self.asleep:
+            return
+        self._note_memory("before_sleep")
+        self._llm.sleep(level=2)
+        self.asleep = True
+        self._note_memory("asleep")
+
+    def wake(self) -> None:
+        """Wake up with the policy's weights as they are now. Nothing where the engine is awake."""
+        if self.asleep:
+            self._load(self.policy.named_parameters())
+
+    def _note_memory(self, when: str) -> None:
+        """GPU memory in use, by everything on this GPU, in GiB."""
+        if self.on_cpu:
+            return
+        free, total = torch.cuda.mem_get_info()
+        name = f"rollout/memory_gib/{when}"
+        first = name not in self._memory
+        self._memory[name] = (total - free) / 2**30
+        if first:
+            rank_zero_info(f"rollout engine, {when}: {(total - free) / 2**30:.1f} GiB of GPU memory in use")
+
+    def metrics(self) -> dict[str, float]:
+        """The probe's difference after the last sync, the share of draws that other engines drew too, and the GPU
+        memory in use before the engine sleeps, while it does, and after it woke."""
+        return self.probe.metrics() | self.ranks.metrics() | self._memory
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next draws depend on, the same for every rank."""
+        return self.draws.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on drawing where `state` was saved."""
+        self.draws.load_state_dict(state)
+
+    def close(self) -> None:
+        """Stop vLLM and free what it held. A closed engine may be started again."""
+        if self.launched is not None:
+            self.launched.close()
+        self.launched, self.dead, self.asleep = None, None, False

@@ -1,0 +1,329 @@
+"""vLLM on the tiny SFT policy, against the trainer's own log-probabilities and transformers' tokens."""
+
+import gc
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.digits import DigitsDataModule
+from prism_pl.logprobs import token_logps
+from prism_pl.policy import PolicySpec, build_policy
+from prism_pl.rollout import AutoEngine, RolloutEngine, Sampling, TransformersEngine, VLLMEngine, rollout_batch
+from prism_pl.rollout.vllm_compat import import_vllm, version_of
+from scripts.blank_policy import ROOT
+from tests.conftest import make_examples
+from tests.stubs import equal, weights
+
+pytest.importorskip("vllm")
+
+GREEDY = Sampling(temperature=0.0, max_tokens=32)
+SAMPLED = Sampling(max_tokens=24)
+PARITY = 2e-5  # nats a token, float32 on both sides
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return PolicySpec(str(ROOT / "assets" / "sft"))
+
+
+@pytest.fixture(scope="module")
+def processor(spec):
+    return spec.processor()
+
+
+@pytest.fixture(scope="module")
+def started(spec, processor):
+    """One engine for all tests of this file, with its policy and a copy of the policy's first weights."""
+    torch.manual_seed(0)
+    policy = build_policy(spec)
+    engine = VLLMEngine()
+    engine.start(policy, processor, rank=0)
+    yield engine, policy, weights(policy)
+    engine.close()
+
+
+@pytest.fixture
+def policy(started):
+    return started[1]
+
+
+@pytest.fixture
+def engine(started):
+    """The engine as it was at the start, whatever a test did to the weights."""
+    engine, policy, first = started
+    if not equal(weights(policy), first):
+        policy.load_state_dict(first)
+        engine.sync(policy.named_parameters())
+    engine.draws.load_state_dict({"seed": 7, "num_draws": 0})
+    return engine
+
+
+@pytest.fixture(scope="module")
+def rows():
+    data = DigitsDataModule(rows="rlvr", num_train=8, num_validation=8)
+    return [data.train_rows[i] for i in range(8)]
+
+
+@pytest.fixture
+def examples(rows):
+    """Prompts of different lengths: one image, two images, none; the system prompt fills blocks of the prefix cache."""
+    long = "Look closely at every digit, at its colour and at its place in the image, before you answer. " * 3
+    return [
+        replace(rows[0], system=long),
+        replace(rows[1], images=[*rows[1].images, *rows[2].images], id="two"),
+        replace(rows[3], images=[], id="none"),
+    ]
+
+
+def shake(policy, names=("",), scale=0.2) -> None:
+    """Other weights, far from the old ones."""
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if any(part in name for part in names):
+                parameter.add_(torch.randn_like(parameter) * scale * parameter.std())
+
+
+@torch.no_grad()
+def trainer_logps(policy, processor, examples, rollouts, num_samples, temperature=1.0):
+    prompts = [processor.prompt(example) for example in examples]
+    batch, sampler_logps_BT = rollout_batch(processor, prompts, rollouts, num_samples)
+    stats = token_logps(policy, batch, temperature=temperature, banned_ids=processor.banned_ids)
+    return sampler_logps_BT, stats.logps_BT
+
+
+def ids(rollouts):
+    return [rollout.response_ids for rollout in rollouts]
+
+
+def check_greedy_parity(engine, policy, processor, examples):
+    rollouts = engine.generate(examples, 1, GREEDY)
+    stock = TransformersEngine()
+    stock.start(policy, processor, rank=0)
+    assert ids(rollouts) == ids(stock.generate(examples, 1, GREEDY))
+    sampler, trainer = trainer_logps(policy, processor, examples, rollouts, 1)
+    torch.testing.assert_close(sampler, trainer, atol=PARITY, rtol=0)
+
+
+def test_greedy_tokens_and_logps_are_transformers(engine, policy, processor, examples, rows):
+    check_greedy_parity(engine, policy, processor, [*examples, *rows])
+
+
+def test_parity_holds_after_a_sync_of_other_weights(engine, policy, processor, examples):
+    before = ids(engine.generate(examples, 1, GREEDY))
+    shake(policy)
+    engine.sync(policy.named_parameters())
+    check_greedy_parity(engine, policy, processor, examples)
+    assert ids(engine.generate(examples, 1, GREEDY)) != before
+
+
+def test_a_sync_without_a_cache_reset_breaks_the_contract(engine, policy, examples, monkeypatch):
+    """Either reset left out, and the probe finds what the cache kept of the old weights."""
+    llm = engine.launched.llm
+    for owner, reset, part in (
+        (llm, "reset_prefix_cache", "language_model"),
+        (llm.llm_engine, "reset_encoder_cache", "visual"),
+    ):
+        engine.generate(examples, 1, GREEDY)
+        shake(policy, [part])
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, reset, lambda: None)
+            with pytest.raises(ValueError, match=r"rollout contract: after a sync .* cached under the old ones"):
+                engine.sync(policy.named_parameters())
+        engine.sync(policy.named_parameters())
+        assert engine.metrics()["rollout/probe_difference"] < PARITY
+
+
+def test_old_weights_break_the_contract(engine, policy, examples, monkeypatch):
+    engine.generate(examples, 1, GREEDY)
+    shake(policy)
+    monkeypatch.setattr(engine.sender, "send", lambda *_: None)
+    with pytest.raises(ValueError, match=r"rollout contract: after a sync .* samples from other weights"):
+        engine.sync(policy.named_parameters())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_logps_are_the_trainers_without_banned_ids(engine, policy, processor, examples, temperature):
+    with torch.no_grad():  # the banned ids become the likeliest by far
+        embeddings = policy.get_input_embeddings().weight
+        embeddings[processor.banned_ids] = 3 * embeddings[processor.eos_id]
+    engine.sync(policy.named_parameters())
+    rollouts = engine.generate(examples, 4, replace(SAMPLED, temperature=temperature))
+    assert not {token for each in ids(rollouts) for token in each} & set(processor.banned_ids)
+    sampler, trainer = trainer_logps(policy, processor, examples, rollouts, 4, temperature)
+    assert trainer.min() < -0.5
+    torch.testing.assert_close(sampler, trainer, atol=2 * PARITY, rtol=0)
+
+
+@torch.no_grad()
+def test_draws_follow_the_trainers_distribution(engine, policy, processor, examples):
+    shake(policy, scale=0.5)  # flat enough for many tokens to be drawn
+    engine.sync(policy.named_parameters())
+    num = 600
+    rollouts = engine.generate(examples[:1], num, Sampling(temperature=0.7, max_tokens=1))
+    prompt = processor.prompt(examples[0])
+    vocabulary = [[i] for i in range(len(processor.tokenizer)) if i not in processor.banned_ids]
+    batch = processor.sequences([prompt], vocabulary, [0] * len(vocabulary))
+    logps_BT = token_logps(policy, batch, temperature=0.7, banned_ids=processor.banned_ids).logps_BT
+    drawn = np.bincount([r.response_ids[0] for r in rollouts], minlength=len(processor.tokenizer))
+    for (token,), logp in zip(vocabulary, logps_BT[:, 0].tolist(), strict=True):
+        p = np.exp(logp)
+        assert abs(drawn[token] - num * p) <= 5 * np.sqrt(num * p * (1 - p)) + 2, (token, drawn[token], num * p)
+
+
+def test_samples_differ_and_draws_are_reproducible(engine, examples):
+    state = engine.state_dict()
+    torch.manual_seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = ids(engine.generate(examples, 4, SAMPLED))
+    second = ids(engine.generate(examples, 4, SAMPLED))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert len({tuple(each) for each in first[:4]}) > 1
+    assert first != second
+    engine.load_state_dict(state)
+    engine.generate(examples, 1, replace(SAMPLED, seed=1))  # a seeded call in between counts as no draw
+    assert ids(engine.generate(examples, 4, SAMPLED)) == first
+    assert ids(engine.generate(examples, 4, SAMPLED)) == second
+
+
+def test_a_seed_fixes_a_call(engine, examples):
+    seeded = replace(SAMPLED, seed=5)
+    first = ids(engine.generate(examples, 2, seeded))
+    engine.generate(examples, 2, SAMPLED)
+    assert ids(engine.generate(examples, 2, seeded)) == first
+    assert ids(engine.generate(examples, 2, replace(SAMPLED, seed=6))) != first
+
+
+def test_top_k_and_top_p_are_followed(engine, examples):
+    one = engine.generate(examples, 2, replace(SAMPLED, top_k=1))
+    assert ids(one) == ids(engine.generate(examples, 2, replace(GREEDY, max_tokens=SAMPLED.max_tokens)))
+    assert all(logp == 0 for rollout in one for logp in rollout.sampler_logps)
+    assert ids(engine.generate(examples, 2, replace(SAMPLED, top_p=1e-6))) == ids(one)
+
+
+def test_finish_reasons_and_text(engine, processor, examples):
+    (stopped,) = engine.generate(examples[:1], 1, Sampling(temperature=0.0, max_tokens=200))
+    assert stopped.finish_reason == "stop"
+    assert stopped.response_ids[-1] in (processor.eos_id, processor.pad_id)
+    assert "<|im_end|>" not in stopped.text
+    (cut,) = engine.generate(examples[:1], 1, Sampling(temperature=0.0, max_tokens=5))
+    assert (cut.finish_reason, cut.response_ids) == ("length", stopped.response_ids[:5])
+
+
+def test_a_sleeping_engine_wakes_with_the_weights_of_now(engine, policy, processor, examples):
+    engine.generate(examples, 1, SAMPLED)
+    engine.sleep()
+    assert engine.asleep
+    assert engine.launched.llm.llm_engine.is_sleeping()
+    shake(policy)
+    engine.sync(policy.named_parameters())
+    assert not engine.asleep
+    assert not engine.launched.llm.llm_engine.is_sleeping()
+    check_greedy_parity(engine, policy, processor, examples)
+    engine.sleep()
+    shake(policy)
+    check_greedy_parity(engine, policy, processor, examples)  # woken by the call itself
+    engine.wake()
+    assert not engine.asleep
+
+
+def test_a_sync_must_send_every_parameter_once(engine, policy):
+    named = list(policy.named_parameters())
+    with pytest.raises(ValueError, match=r"rollout contract: a sync must send every .*'model.visual.patch_embed"):
+        engine.sync(named[1:])
+    with pytest.raises(ValueError, match=r"unknown: \['lm_head.weight'\]"):
+        engine.sync([*named, ("lm_head.weight", named[0][1])])
+    with pytest.raises(ValueError, match="has the shape"):
+        engine.sync([(named[0][0], named[0][1][:1]), *named[1:]])
+
+
+def test_a_head_of_its_own_under_a_tied_config_is_refused(spec, processor):
+    policy = build_policy(spec)
+    policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.clone())
+    with pytest.raises(ValueError, match="tie_word_embeddings: false"):
+        VLLMEngine().start(policy, processor, rank=0)
+
+
+def test_another_limit_of_pixels_is_found_out(engine, spec, rows, monkeypatch):
+    small = replace(spec, max_pixels=64 * 64).processor()
+    monkeypatch.setattr(engine, "processor", small)
+    with pytest.raises(ValueError, match=r"rollout contract: .* 9 image tokens in the engine and 4 in the trainer"):
+        engine.generate(rows[:1], 1, GREEDY)
+
+
+def test_prompt_ids_are_known_from_image_sizes(processor, examples):
+    for example in [*examples, *make_examples(1, width=150)]:
+        prompt = processor.prompt(example)
+        assert processor.prompt_ids(prompt.text, example.images) == prompt.ids
+
+
+def test_what_vllm_would_bend_is_refused(engine, examples):
+    with pytest.raises(ValueError, match=f"row '{examples[0].id}': a prompt of .* do not fit"):
+        engine.generate(examples, 1, Sampling(max_tokens=10**6))
+    with pytest.raises(ValueError, match=r"sampling.temperature is 0.001: vLLM"):
+        engine.generate(examples, 1, Sampling(temperature=0.001))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel": 0}, "tensor_parallel is 0"),
+        ({"max_images": 0}, "max_images is 0"),
+        ({"gpu_memory": 1.5}, "gpu_memory is 1.5"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        VLLMEngine(**options)
+
+
+def test_the_process_is_left_as_it_was(engine):
+    """`engine` has started long ago."""
+    assert torch.set_num_threads.__name__ == "set_num_threads"
+    assert gc.get_freeze_count() == 0
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_auto_takes_vllm_where_it_imports_and_says_so(capsys, monkeypatch):
+    said = []
+    monkeypatch.setattr("prism_pl.rollout.auto.rank_zero_info", said.append)
+    auto = AutoEngine(batch_size=32)
+    assert isinstance(auto, RolloutEngine)
+    assert isinstance(auto._choose(), VLLMEngine)
+    assert said == [f"Rollouts by vLLM {import_vllm().__version__}."]
+
+    def broken():
+        raise ImportError("No module named 'vllm'")
+
+    monkeypatch.setattr("prism_pl.rollout.vllm_compat.import_vllm", broken)
+    chosen = auto._choose()
+    assert isinstance(chosen, TransformersEngine)
+    assert chosen.batch_size == 32
+    assert "vLLM cannot be imported (No module named 'vllm')" in said[1]
+
+
+def test_versions_never_tried_are_refused(monkeypatch):
+    assert version_of("0.24.1.dev3+cpu") == (0, 24)
+    monkeypatch.setattr(import_vllm(), "__version__", "0.50.0")
+    with pytest.raises(ValueError, match=r"vllm 0\.50\.0 is installed; .*TransformersEngine"):
+        import_vllm()
+
+
+def test_it_fits_the_protocol():
+    assert isinstance(VLLMEngine(), RolloutEngine)
+
+
+def test_an_engine_that_dies_is_reported_with_its_reason(engine, examples, monkeypatch):
+    """The last test here: a dead engine is not used again."""
+    monkeypatch.setattr(engine.launched.llm.llm_engine, "step", partial(_die, "no space left in the cache"))
+    with pytest.raises(RuntimeError, match=r"rollout engine \(vLLM\) stopped on rows \['.*no space left"):
+        engine.generate(examples, 1, GREEDY)
+    with pytest.raises(RuntimeError, match="stopped before: OSError: no space left"):
+        engine.generate(examples, 1, GREEDY)
+
+
+def _die(reason):
+    raise OSError(reason)

@@ -1,0 +1,93 @@
+"""vLLM on two ranks: an engine each, and one engine for both by tensor parallelism."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+from torch.multiprocessing.spawn import start_processes
+
+from prism_pl.policy import PolicySpec, build_policy
+from prism_pl.rollout import Sampling, VLLMEngine
+from scripts.blank_policy import ROOT
+from tests.conftest import make_examples
+from tests.stubs import weights
+
+pytest.importorskip("vllm")
+
+FLAT = Sampling(temperature=2.0, max_tokens=24)
+GREEDY = Sampling(temperature=0.0, max_tokens=12)
+
+
+def work(rank: int, folder: str) -> None:
+    """Both arrangements in turn on one rank; writes down what it drew."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    spec = PolicySpec(str(ROOT / "assets" / "sft"))
+    policy, processor = build_policy(spec), spec.processor()
+    first = weights(policy)
+    examples = make_examples(2)
+    mine = [replace(examples[rank], id=f"rank-{rank}")]
+    told = {}
+    for name, size in (("alone", 1), ("together", 2)):
+        policy.load_state_dict(first)
+        engine = VLLMEngine(tensor_parallel=size)
+        engine.start(policy, processor, rank=rank)
+        flat = engine.generate([examples[0]] if size == 1 else mine, 2, FLAT)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(0.05 * parameter.std() * torch.randn_like(parameter))
+        engine.sync(policy.named_parameters())
+        greedy = engine.generate(mine, 1, GREEDY)
+        told[name] = {
+            "flat": [r.response_ids for r in flat],
+            "greedy": [r.response_ids for r in greedy],
+            "prompts": [r.prompt_ids == processor.prompt(mine[0]).ids for r in greedy],
+            "group": engine.tensor_group.number,
+            "difference": engine.metrics()["rollout/probe_difference"],
+        }
+        engine.close()
+    try:
+        VLLMEngine().start(policy, processor, rank=0)
+    except ValueError as error:
+        told["same_rank"] = str(error)
+    try:
+        VLLMEngine(tensor_parallel=3).start(policy, processor, rank=rank)
+    except ValueError as error:
+        told["uneven"] = str(error)
+    torch.save(told, Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    start_processes(work, args=(str(folder),), nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_engines_draw_different_rollouts_of_the_same_prompt(told):
+    first, second = (each["alone"]["flat"] for each in told)
+    assert len({tuple(ids) for ids in [*first, *second]}) == 4
+    assert [each["alone"]["group"] for each in told] == [0, 1]
+
+
+def test_a_tensor_parallel_engine_gives_each_rank_its_own_rows(told):
+    for each in told:
+        assert each["together"]["group"] == 0
+        assert all(each["together"]["prompts"])
+        assert each["together"]["difference"] < 1e-4
+        assert each["alone"]["difference"] < 1e-4
+        assert each["together"]["greedy"] == each["alone"]["greedy"]
+    assert told[0]["together"]["flat"] != told[1]["together"]["flat"]
+
+
+def test_engines_that_would_repeat_each_other_and_uneven_groups_are_refused(told):
+    for each in told:
+        assert "the engines 0 and 1 have the same seed" in each["same_rank"]
+        assert "engine tensor_parallel is 3, and the run has 2 processes" in each["uneven"]
