@@ -167,7 +167,7 @@ class DiscriminatorModule(LightningModule):
         accuracies = {expert: metric.compute() for expert, metric in self.held_out_accuracy.items()}
         for expert, metric in self.held_out_accuracy.items():
             metric.reset()
-            self.log(f"warmup/val_pair_accuracy/{expert}", accuracies[expert], prog_bar=True)
+            self.log(f"warmup/val_pair_accuracy/{expert}", accuracies[expert], prog_bar=True, sync_dist=True)
         mean = float(torch.stack(list(accuracies.values())).mean())
         if self.ceiling is not None and mean >= self.ceiling and not self.trainer.sanity_checking:
             shown = ", ".join(f"{expert} {float(accuracy):.3f}" for expert, accuracy in accuracies.items())
