@@ -121,16 +121,11 @@ def load_weights(worker: Any, stream: Iterable[tuple[str, Tensor]], on_cpu: bool
     return loaded
 
 
-def shut_down(llm: Any) -> None:
-    """Stop an engine, without the last thing that vLLM does: taking down torch's process groups, the trainer's too."""
+def keep_process_groups() -> None:
+    """An engine that stops, be it that it is collected, would take torch's process groups down, the trainer's too."""
     from vllm.v1.engine import core
 
-    clean_up = core.cleanup_dist_env_and_memory
     core.cleanup_dist_env_and_memory = lambda: None
-    try:
-        llm.llm_engine.engine_core.shutdown()
-    finally:
-        core.cleanup_dist_env_and_memory = clean_up
 
 
 def leave_process_groups(torchs_own: bool) -> None:

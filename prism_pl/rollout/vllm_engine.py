@@ -4,6 +4,7 @@ The engine holds a copy of the policy's weights, so it samples from what the las
 that is checked in the loop, see `prism_pl.rollout.contract`.
 """
 
+import gc
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from prism_pl.batch import Example
+from prism_pl.optim import check_finite
 from prism_pl.processor import Processor, open_image
 from prism_pl.rollout import vllm_compat
 from prism_pl.rollout.contract import check_prompt_ids
@@ -110,6 +112,8 @@ class VLLMEngine:
         for example, (_, expected), output in list(zip(everyones, prompts, outputs, strict=True))[mine]:
             check_prompt_ids(output.prompt_token_ids, expected, self.processor.image_token_id, example.id)
             drawn = [self._rollout(expected, completion) for completion in output.outputs]
+            total = torch.tensor([sum(rollout.sampler_logps) for rollout in drawn]).sum()
+            check_finite(total, "the policy's next-token distribution", [example.id])
             rollouts += drawn * num_samples if greedy else drawn
         return rollouts
 
@@ -257,4 +261,5 @@ class VLLMEngine:
         """Stop vLLM and free what it held. A closed engine may be started again."""
         if self.launched is not None:
             self.launched.close()
+            gc.collect()
         self.launched, self.dead, self.asleep = None, None, False

@@ -1,6 +1,7 @@
 """Start a vLLM engine inside a training process, from the trainer's live policy."""
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ class Launched:
         # vLLM reads processor files when it likes: the folder lives as long as the engine.
         self._folder = TemporaryDirectory(prefix="prism-engine-")
         write_blank(policy, processor, Path(self._folder.name))
+        vllm_compat.keep_process_groups()
         _join_group(device)
-        _running.add(id(self))
         with vllm_compat.process_state(), vllm_compat.eager(self.on_cpu), _rank_in_environment(device):
             self.llm = vllm.LLM(
                 model=self._folder.name,
@@ -62,21 +63,25 @@ class Launched:
                 **_llm_options(options, self.on_cpu),
                 **vllm_compat.engine_options(self.on_cpu),
             )
+        # A run that fails is not torn down by Lightning: then the engine goes when it is collected.
+        self._put_away = weakref.finalize(self, _put_away, self.llm, self._folder)
+        _running.add(id(self.llm))
         model_config = self.llm.llm_engine.vllm_config.model_config
         self.dtype: torch.dtype = model_config.dtype
         self.max_model_len: int = model_config.max_model_len
 
     def close(self) -> None:
         """Stop the engine, free its memory, and take down a process group that was made for it."""
-        import gc
-
-        vllm_compat.shut_down(self.llm)
         del self.llm
-        gc.collect()
-        _running.remove(id(self))
-        if not _running:
-            vllm_compat.leave_process_groups(torchs_own=_own_group)
-        self._folder.cleanup()
+        self._put_away()
+
+
+def _put_away(llm: Any, folder: TemporaryDirectory[str]) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    _running.remove(id(llm))
+    if not _running:
+        vllm_compat.leave_process_groups(torchs_own=_own_group)
+    folder.cleanup()
 
 
 def write_blank(policy: Any, processor: Processor, folder: Path) -> None:
