@@ -43,9 +43,9 @@ test-all: setup
 	$(BIN)/python -m pytest -m "not gpu"
 
 # Every stage in turn on the embedded default, RLVR from both starts, and a table of results. Finished stages are found and
-# left as they are: `make demo DEMO=runs/demo-2` begins anew.
+# left as they are, evaluations run again: `make demo DEMO=runs/demo-2` begins anew.
 DEMO ?= runs/demo
-SAMPLED := --model.sampling.temperature 1.0
+SAMPLED := --model.sampling.temperature 1.0 --model.num_samples 4 --model.pass_k "[1, 4]"
 demo: setup
 	$(RUN) fit --config configs/sft.yaml --trainer.default_root_dir $(DEMO)/sft
 	$(RUN) fit --config configs/warmup.yaml --trainer.default_root_dir $(DEMO)/warmup \

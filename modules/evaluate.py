@@ -17,7 +17,7 @@ from lightning import LightningModule
 
 import prism_pl
 from prism_pl.batch import Example
-from prism_pl.evaluation import Judge, PromptRecord, write_json
+from prism_pl.evaluation import Judge, PromptRecord, keep_earlier, write_json
 from prism_pl.evaluation_tables import Tables, make_tables
 from prism_pl.metrics.counting import DEFAULT_RULE, Rule, describe_rule
 from prism_pl.metrics.scene import KnowsScenes
@@ -141,6 +141,7 @@ class EvaluateModule(LightningModule):
             return
         self.tables = make_tables(self.records, self.pass_k, self.num_resamples, self.bootstrap_seed)
         self.output_file.parent.mkdir(parents=True, exist_ok=True)
+        keep_earlier(self.output_file)
         write_json(self._settings() | {"tables": self.tables, "records": self.records}, self.output_file)
         scalars = {
             f"evaluate/{split}/{family}/{metric}": entry["mean"]

@@ -11,6 +11,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from prism_pl.advantages import Scale, group_advantages, groups_with_variance
@@ -23,7 +24,7 @@ from prism_pl.mismatch import MismatchCorrection
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
-from prism_pl.policy_loss import PolicyLoss, ReleasedGRPO
+from prism_pl.policy_loss import DrGRPO, PolicyLoss, ReleasedGRPO
 from prism_pl.prompts import PromptBatch, PromptCollator
 from prism_pl.rewards import AccuracyFormatReward, Reward, RewardOutput, format, timeouts
 from prism_pl.rollout.batch import rollout_batch
@@ -124,6 +125,8 @@ class RLVRModule(LightningModule):
                     f"num_prompts is {num_prompts}, but only dynamic sampling collects prompts: set dynamic_sampling: "
                     "true, or the data's batch_size"
                 )
+        if isinstance(policy_loss, DrGRPO) and scale != "none":
+            rank_zero_warn(f"DrGRPO is meant for unscaled advantages, and scale is {scale!r}: set scale: none")
         if overlong_buffer is not None:
             check_overlong(sampling.max_tokens, overlong_buffer, overlong_penalty)
         self.spec, self.freeze_patterns = policy, freeze

@@ -93,6 +93,7 @@ class DiscriminatorModule(LightningModule):
         self._rows: list[str] = []
         self._held_out: dict[str, list[str]] = {}
         self._engine_state: dict[str, Any] | None = None
+        self.reached_ceiling = False
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -129,6 +130,8 @@ class DiscriminatorModule(LightningModule):
     def on_fit_start(self) -> None:
         check_trainer(self.trainer)
         self._start_engine()
+        # Started again, a warm start that its ceiling ended must not train on past it.
+        self.trainer.should_stop = self.reached_ceiling
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         self._rows = batch.ids
@@ -175,7 +178,7 @@ class DiscriminatorModule(LightningModule):
                 f"Stopping at step {self.trainer.global_step}: held-out pair accuracy {mean:.3f} ({shown}) has reached "
                 f"the ceiling {self.ceiling}; beyond it the discriminator saturates and teaches the policy nothing."
             )
-            self.trainer.should_stop = True
+            self.trainer.should_stop = self.reached_ceiling = True
 
     def configure_callbacks(self) -> list[Callback]:
         return [BatchDraws()]
@@ -193,10 +196,12 @@ class DiscriminatorModule(LightningModule):
         leave_out(checkpoint, "policy")
         keep_plain_hyperparameters(checkpoint)
         checkpoint["rollout"] = self.rollout.state_dict()
+        checkpoint["reached_ceiling"] = self.reached_ceiling
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         put_back(checkpoint, "policy", self.policy)
         self._engine_state = checkpoint["rollout"]
+        self.reached_ceiling = checkpoint["reached_ceiling"]
 
     def teardown(self, stage: str) -> None:
         self.rollout.close()

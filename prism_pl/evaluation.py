@@ -100,6 +100,16 @@ def write_json(content: Any, file: Path) -> None:
     temporary.replace(file)
 
 
+def keep_earlier(file: Path) -> None:
+    """Rename a file that is there already to the first free of `<stem>-1`, `<stem>-2`, ...: nothing is overwritten."""
+    if not file.exists():
+        return
+    number = 1
+    while (earlier := file.with_stem(f"{file.stem}-{number}")).exists():
+        number += 1
+    file.rename(earlier)
+
+
 def _without_nan(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _without_nan(value) for key, value in content.items()}

@@ -50,7 +50,8 @@ def check_policy_path(path: str, key: str = "policy.path") -> None:
     """
     folder = Path(path)
     if not folder.is_dir():
-        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        meant = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1 or folder.parent.is_dir()
+        if meant:
             raise FileNotFoundError(
                 f"{key} {path!r} is no folder: name a folder in Hugging Face format or a hub id such as "
                 "Qwen/Qwen3-VL-4B-Instruct"

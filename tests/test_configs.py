@@ -53,7 +53,7 @@ OPTIMISERS = {
         Optimiser(3e-5, 0.01, (0.9, 0.999), "constant", 0),
         Optimiser(1e-4, 0.01, (0.9, 0.999), "constant", 0),
     ],
-    "rlvr": [Optimiser(2e-4, 0.01, (0.9, 0.999), "cosine", 5)],
+    "rlvr": [Optimiser(1.5e-4, 0.01, (0.9, 0.999), "cosine", 5)],
     "digits/rlvr_dapo": [Optimiser(1e-4, 0.1, (0.9, 0.999), "constant", 10)],
     "digits/rlvr_gspo": [Optimiser(1e-4, 0.1, (0.9, 0.999), "constant", 0.05)],
 }

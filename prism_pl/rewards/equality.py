@@ -11,7 +11,8 @@ The rules are exact and cheap (microseconds); the first one that can read both t
 6. assignments: `x = 3` for `3`, but not for `y = 3`; each side of `3 + 4 = 7` has to be right;
 7. mathematics: math-verify, in a process of its own (`symbolic`).
 
-An expression left to be worked out (`3 + 4` for `7`) is wrong: the question was its value.
+A sum or product left to be worked out (`3 + 4` for `7`) is wrong: the question was its value. Functions, powers and
+roots are taken at their value (`4!` is `24`): they are how some numbers are written.
 """
 
 import re

@@ -29,9 +29,10 @@ class Draws:
     def seeded(self, sampling: Sampling, device: torch.device) -> Iterator[None]:
         """Engines draw from the global generators: seed them for one call, and put them back after it."""
         if sampling.seed is not None:
-            entropy = [sampling.seed, self.rank]
+            # The last entry keeps the two kinds apart: numpy pads what is shorter with zeros.
+            entropy = [sampling.seed, self.rank, 0, 1]
         else:
-            entropy = [self.seed, self.rank, self.num_draws]
+            entropy = [self.seed, self.rank, self.num_draws, 2]
             self.num_draws += 1
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
         numpy_state = np.random.get_state()

@@ -212,7 +212,11 @@ class VLLMEngine:
 
     def _forget_prompts(self) -> None:
         """Keys, values and image features of earlier prompts."""
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise ValueError(
+                "rollout contract: vLLM did not forget the keys and values of the old weights, because requests still "
+                "hold them: give every `generate` its end before the next sync"
+            )
         self._llm.llm_engine.reset_encoder_cache()
 
     def _forget_images(self) -> None:

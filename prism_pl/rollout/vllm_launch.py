@@ -1,6 +1,7 @@
 """Start a vLLM engine inside a training process, from the trainer's live policy."""
 
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,8 @@ def _join_group(device: torch.device) -> None:
         _own_group = _own_group and bool(_running)
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    # Lightning takes any group for several processes, and asks for reductions that a group of one does not need.
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist=True")
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     _own_group = True
 
