@@ -63,7 +63,9 @@ demo: setup
 			--model.name $$name --model.policy.path $(DEMO)/$$name/export || exit 1; \
 	done
 	$(BIN)/python scripts/results_table.py $(foreach name,base sft align sft-rlvr align-rlvr,$(DEMO)/evaluate/$(name)) \
-		--pairs align:sft sft-rlvr:sft align-rlvr:align align-rlvr:sft-rlvr --splits test hard --out $(DEMO)/results.md
+		--pairs align:sft sft-rlvr:sft align-rlvr:align align-rlvr:sft-rlvr --splits test hard --out $(DEMO)/results.md \
+		--require align:sft:descriptive_items/distance:down align:sft:reasoning_steps/distance:down \
+		align:sft:caption_precision:kept align:sft:caption_recall:kept align:sft:caption_exact:kept sft-rlvr:sft:accuracy:up
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir $(DEMO)"
 
 # Everything under assets/, from the shipped configs. The longest is pretraining: 4,300 steps of 256 rows. assets/ itself is

@@ -1,15 +1,24 @@
 """One table of several evaluations, and the paired differences between some of them.
 
 Launch: python scripts/results_table.py runs/evaluate-* --pairs align:sft rlvr:align [--splits test hard] [--out FILE]
+Exit 1 where a result is not what it should be: --require align:sft:caption_exact:kept rlvr:sft:accuracy:up
 """
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from prism_pl.report import Evaluation, differences_table, read_evaluation, results_table
+from prism_pl.metrics.bootstrap import Interval
+from prism_pl.report import Evaluation, differences, differences_table, read_evaluation, results_table
+
+# What a difference's 95% interval has to be.
+WANTED: dict[str, Callable[[Interval], bool]] = {
+    "up": lambda interval: interval.low > 0,
+    "down": lambda interval: interval.high < 0,
+    "kept": lambda interval: interval.high >= 0,  # not shown to be lower
+}
 
 
 def make_report(
@@ -29,6 +38,24 @@ def make_report(
     return "\n".join(sections)
 
 
+def unmet(paths: Sequence[Path], required: Sequence[str], num_resamples: int, seed: int) -> list[str]:
+    """A sentence for each requirement `name:name:metric:up|down|kept` that the test split's differences do not meet."""
+    by_name = {evaluation.name: evaluation for evaluation in map(read_evaluation, paths)}
+    sentences = []
+    for requirement in required:
+        pair, metric, wanted = requirement.rsplit(":", 2)
+        found = differences(*_pair(pair, by_name), "test", num_resamples, seed)
+        if metric not in found or wanted not in WANTED:
+            shape = f"name:name:metric:{'|'.join(WANTED)}"
+            raise ValueError(f"--require {requirement!r}: give {shape} with a metric of {', '.join(found)}")
+        interval = found[metric]
+        if not WANTED[wanted](interval):
+            sentences.append(
+                f"{requirement}: the difference is {interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+            )
+    return sentences
+
+
 def _pair(pair: str, by_name: dict[str, Evaluation]) -> tuple[Evaluation, Evaluation]:
     first, _, second = pair.partition(":")
     for name in (first, second):
@@ -44,10 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--splits", nargs="+", default=["test"])
     parser.add_argument("--num_resamples", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--require", nargs="*", default=[], help="name:name:metric:up|down|kept, else exit 1")
     parser.add_argument("--out", type=Path, help="also write the report here")
     options = parser.parse_args(arguments)
     try:
         report = make_report(options.paths, options.pairs, options.splits, options.num_resamples, options.seed)
+        failed = unmet(options.paths, options.require, options.num_resamples, options.seed)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     command = shlex.join(["python", "scripts/results_table.py", *(sys.argv[1:] if arguments is None else arguments)])
@@ -56,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(report)
+    if failed:
+        sys.exit("not met: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -259,6 +259,12 @@ def test_results_table_and_paired_differences(random_policy, tmp_path, capsys):
     assert "seed 0" in report
     assert "--pairs align:sft" in report
     assert report in capsys.readouterr().out
+    both = [str(tmp_path / "a"), str(tmp_path / "b")]
+    results_main([*both, "--require", "align:sft:accuracy:up", "align:sft:descriptive_items/distance:down"])
+    with pytest.raises(SystemExit, match=r"not met: sft:align:accuracy:kept: the difference is -0\.500"):
+        results_main([*both, "--require", "sft:align:accuracy:kept"])
+    with pytest.raises(SystemExit, match=r"--require 'align:sft:accuracy:rise': give name:name:metric:up\|down\|kept"):
+        results_main([*both, "--require", "align:sft:accuracy:rise"])
     with pytest.raises(SystemExit, match="names 'sfd'; the evaluations are align, sft"):
         results_main([str(tmp_path / "a"), str(tmp_path / "b"), "--pairs", "align:sfd"])
     evaluate(tmp_path / "c", random_policy, [RIGHT, RIGHT], name="by lines", rule="lines")

@@ -69,7 +69,7 @@ def test_the_python_example_trains(swap):
     example = blocks("python")[1]
     assert len(example[example.index("seed_everything(1)") :].splitlines()) == 10
     shipped = yaml.safe_load((ROOT / "configs" / "rlvr.yaml").read_text())
-    # The example runs as long, on as many rows, as the YAML that it follows.
+    # As many steps, and as many rows to draw from, as the YAML beside it.
     max_steps, num_train = shipped["trainer"]["max_steps"], shipped["data"]["init_args"]["num_train"]
     smaller = {
         '"assets/sft"': repr(str(ROOT / "assets" / "sft")),

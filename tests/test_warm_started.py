@@ -114,6 +114,16 @@ def test_demonstrations_score_above_rollouts_of_the_sft_policy_but_not_always(di
     assert 0.6 < sum(shares) / len(shares) < 0.99
 
 
+def test_the_shipped_discriminator_grew_from_the_shipped_sft_policy():
+    """A judge of an earlier policy scores well enough to go unnoticed: its weights tell."""
+    judge, policy = (load_file(ASSETS / name / "model.safetensors") for name in ("discriminator", "sft"))
+    shared = {name: policy[f"model.{name}"].float() for name in judge if f"model.{name}" in policy}
+    assert len(shared) > 0.9 * len(policy)
+    moved = sum((judge[name].float() - weight).square().sum() for name, weight in shared.items())
+    size = sum(weight.square().sum() for weight in shared.values())
+    assert (moved / size).sqrt() < 0.05
+
+
 def responses(asset: str, rows: list[Example], sampling: Sampling) -> list[str]:
     """One response a row of a shipped policy."""
     spec = PolicySpec(str(ASSETS / asset))
@@ -123,7 +133,7 @@ def responses(asset: str, rows: list[Example], sampling: Sampling) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("asset", "formats", "lenient"), [("base", (0.0, 0.0), (0.5, 1.0)), ("sft", (0.9, 1.0), (0.5, 1.0))]
+    ("asset", "formats", "lenient"), [("base", (0.0, 0.0), (0.8, 1.0)), ("sft", (0.9, 1.0), (0.65, 1.0))]
 )
 def test_base_answers_briefly_and_sft_in_the_three_blocks(asset, formats, lenient):
     rows = [make_example("test", i, seed=0) for i in range(64)]
