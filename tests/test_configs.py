@@ -28,7 +28,7 @@ SMALLER = {
     "align": "--model.num_rollouts 2",
     "rlvr": "--model.num_rollouts 4",
     "digits/rlvr_dapo": "--model.num_rollouts 4 --model.num_prompts 1",
-    "digits/rlvr_gspo": "--model.num_rollouts 4 --trainer.max_steps 4",  # four steps a batch
+    "digits/rlvr_gspo": "--model.num_rollouts 8 --trainer.max_steps 8",  # four steps a batch
     "evaluate": "--data.num_test 4 --data.num_hard 4",
 }
 

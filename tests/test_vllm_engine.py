@@ -129,11 +129,19 @@ def test_a_sync_without_a_cache_reset_breaks_the_contract(engine, policy, exampl
         engine.generate(examples, 1, GREEDY)
         shake(policy, [part])
         with monkeypatch.context() as patch:
-            patch.setattr(owner, reset, lambda: None)
+            patch.setattr(owner, reset, lambda: True)
             with pytest.raises(ValueError, match=r"rollout contract: after a sync .* cached under the old ones"):
                 engine.sync(policy.named_parameters())
         engine.sync(policy.named_parameters())
         assert engine.metrics()["rollout/probe_difference"] < PARITY
+
+
+def test_a_prefix_cache_that_vllm_keeps_breaks_the_contract(engine, policy, examples, monkeypatch):
+    engine.generate(examples, 1, GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.launched.llm, "reset_prefix_cache", lambda: False)
+        with pytest.raises(ValueError, match="rollout contract: vLLM did not forget"):
+            engine.sync(policy.named_parameters())
 
 
 def test_old_weights_break_the_contract(engine, policy, examples, monkeypatch):
