@@ -45,23 +45,8 @@ test-all: setup
 # Every stage in turn on the embedded default, RLVR from both starts, and a table of results. Finished stages are found and
 # left as they are, evaluations run again: `make demo DEMO=runs/demo-2` begins anew.
 DEMO ?= runs/demo
-SAMPLED := --model.sampling.temperature 1.0 --model.num_samples 4 --model.pass_k "[1, 4]"
 demo: setup
-	$(RUN) fit --config configs/sft.yaml --trainer.default_root_dir $(DEMO)/sft
-	$(RUN) fit --config configs/warmup.yaml --trainer.default_root_dir $(DEMO)/warmup \
-		--model.policy.path $(DEMO)/sft/export --model.discriminator.path $(DEMO)/sft/export
-	$(RUN) fit --config configs/align.yaml --trainer.default_root_dir $(DEMO)/align \
-		--model.policy.path $(DEMO)/sft/export --model.discriminator.path $(DEMO)/warmup/export
-	$(RUN) fit --config configs/rlvr.yaml --trainer.default_root_dir $(DEMO)/sft-rlvr \
-		--model.policy.path $(DEMO)/sft/export
-	$(RUN) fit --config configs/rlvr.yaml --trainer.default_root_dir $(DEMO)/align-rlvr \
-		--model.policy.path $(DEMO)/align/export
-	$(RUN) test --config configs/evaluate.yaml $(SAMPLED) --trainer.default_root_dir $(DEMO)/evaluate/base \
-		--model.name base --model.policy.path assets/base
-	for name in sft align sft-rlvr align-rlvr; do \
-		$(RUN) test --config configs/evaluate.yaml $(SAMPLED) --trainer.default_root_dir $(DEMO)/evaluate/$$name \
-			--model.name $$name --model.policy.path $(DEMO)/$$name/export || exit 1; \
-	done
+	$(BIN)/python scripts/demo.py $(DEMO)
 	$(BIN)/python scripts/results_table.py $(foreach name,base sft align sft-rlvr align-rlvr,$(DEMO)/evaluate/$(name)) \
 		--pairs align:sft sft-rlvr:sft align-rlvr:align align-rlvr:sft-rlvr --splits test hard --out $(DEMO)/results.md \
 		--require align:sft:descriptive_items/distance:down align:sft:reasoning_steps/distance:down \

@@ -70,6 +70,8 @@ def blank_4b(folder: Path) -> None:
             shutil.copy(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= TEXT_4B
+    for part in ("text_config", "vision_config"):
+        config[part]["initializer_range"] = 0.02
     config["vision_config"] |= VISION_4B
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -153,10 +155,10 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def race(entries: dict[str, Timed], repeats: int, before: Callable[[], None]) -> dict[str, float]:
-    """Median tokens per second of each entry; one warm-up, then all in turn."""
+    """Median tokens per second of each entry; one warm-up, then all in turn, to and fro."""
     speeds: dict[str, list[float]] = {name: [] for name in entries}
     for turn in range(repeats + 1):
-        for name, run in entries.items():
+        for name, run in list(entries.items())[:: -1 if turn % 2 else 1]:
             before()
             took, tokens = seconds(run)
             if turn:
@@ -167,9 +169,18 @@ def race(entries: dict[str, Timed], repeats: int, before: Callable[[], None]) ->
 def print_sync_and_sleep(engine: VLLMEngine, before_start: float) -> None:
     """Weight sync, with and without its probe, and what sleeping frees of the engine's memory."""
     llm, named = engine._llm, engine.policy.named_parameters
-    loads = [seconds(lambda: engine.sender.send(llm, named(), engine.on_cpu))[0] for _ in range(5)]
-    syncs = [seconds(lambda: engine.sync(named()))[0] for _ in range(5)]
-    print(f"weight sync: load and checksums {1e3 * min(loads):.0f} ms, with resets and probe {1e3 * min(syncs):.0f} ms")
+
+    def median_ms(call: Callable[[], Any]) -> float:
+        return 1e3 * statistics.median(seconds(call)[0] for _ in range(5))
+
+    sends = median_ms(lambda: engine.sender.send(llm, named(), engine.on_cpu))
+    resets = median_ms(lambda: (engine._forget_prompts(), engine._forget_images()))
+    with as_trained(engine.on_cpu):
+        probes = median_ms(lambda: engine.probe.check(engine._generate, engine.policy, engine.processor))
+    print(
+        f"weight sync, median of 5: weights and checksums {sends:.1f} ms, cache resets {resets:.1f} ms; the probe after "
+        f"it {probes:.0f} ms"
+    )
     print(f"probe difference: {engine.metrics()['rollout/probe_difference']:.4f}")
     if engine.on_cpu:
         return
@@ -182,6 +193,11 @@ def print_sync_and_sleep(engine: VLLMEngine, before_start: float) -> None:
         f"engine's memory {awake - before_start:.1f} GiB; asleep it frees {awake - asleep:.1f} ({100 * share:.1f}%), "
         f"sleep {asleep_s:.2f} s, wake with weights {awake_s:.2f} s"
     )
+
+
+def as_trained(on_cpu: bool) -> torch.autocast:
+    """A context in which the policy computes as in training: under bf16 autocast on a GPU."""
+    return torch.autocast("cpu" if on_cpu else "cuda", torch.bfloat16, enabled=not on_cpu)
 
 
 def used_gib() -> float:
@@ -202,7 +218,7 @@ def print_differences(engine: VLLMEngine, examples: Sequence[Example], rollouts:
         batch, sampler_BT = rollout_batch(processor, [processor.prompt(example)], group, num)
         moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
         vars(batch).update(moved)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with as_trained(engine.on_cpu):
             trainer_BT = token_logps(policy, batch, banned_ids=processor.banned_ids).logps_BT
         parts.append((sampler_BT.to(device) - trainer_BT)[batch.mask_BT].abs().float().cpu())
     p50, p95, largest = torch.cat(parts).quantile(torch.tensor([0.5, 0.95, 1.0])).tolist()
@@ -234,27 +250,28 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, vllm {vllm.__version__}")
     print(f"{num_prompts} prompts x {num} samples x {tokens} tokens; engine start {took:.1f} s")
-    # On a GPU transformers gets a short piece of the same prompts: all of it would take minutes.
-    few, short = (examples, tokens) if tiny else (examples[:4], 128)
-    fallback = TransformersEngine()
-    half = policy if device == "cpu" else load(args.dimensions, device)[0].to(torch.bfloat16)
-    fallback.start(half, processor, rank=0)
     vllm_entries = {
         "raw vLLM": raw_vllm(engine, examples, num, tokens, logprobs=False),
         "raw vLLM with log-probabilities": raw_vllm(engine, examples, num, tokens, logprobs=True),
         "VLLMEngine": ours(engine, examples, num, tokens),
     }
-    others = {
-        "TransformersEngine": ours(fallback, few, num, short),
-        "stock generate": stock_generate(half, processor, few, num, short),
-    }
     speeds = race(vllm_entries, args.repeats, before=engine._forget_prompts)
-    speeds |= race(others, 1, before=lambda: None)
-    for entry, speed in speeds.items():
-        print(f"{entry:34s}{speed:10,.0f} tokens/s")
+    # On a GPU transformers gets a short piece of the same prompts: all of it would take minutes.
+    few, short = (examples, tokens) if tiny else (examples[:4], 128)
     print_sync_and_sleep(engine, before_start)
     print_differences(engine, few, engine.generate(few, num, Sampling(max_tokens=short)), num)
     engine.close()
+    if device == "cuda":
+        policy.to(torch.bfloat16)
+    fallback = TransformersEngine()
+    fallback.start(policy, processor, rank=0)
+    others = {
+        "TransformersEngine": ours(fallback, few, num, short),
+        "stock generate": stock_generate(policy, processor, few, num, short),
+    }
+    speeds |= race(others, args.repeats if tiny else 1, before=lambda: None)
+    for entry, speed in speeds.items():
+        print(f"{entry:34s}{speed:10,.0f} tokens/s")
     mine = speeds["VLLMEngine"]
     print(
         "VLLMEngine : "

@@ -4,7 +4,7 @@ Shape legend: B sequences, P prompts, G rollouts a prompt, S tokens of a whole s
 T response tokens, I images, N patches, V vocabulary. A suffix names a tensor's axes: `input_ids_BS`, `scores_PG`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,28 +85,33 @@ class SequenceBatch:
         """Real tokens of all sequences."""
         return int(self.lengths_B.sum())
 
-    def rows(self, start: int, stop: int) -> "SequenceBatch":
-        """Sequences `start` to `stop` as a batch of their own, trimmed to the longest of them, with only their images.
+    def select(self, rows: Tensor) -> "SequenceBatch":
+        """Some sequences as a batch of their own, trimmed to the longest of them, with only their images.
 
-        T keeps its width, so that per-token tensors of the whole batch can be cut along.
+        T keeps its width, so that per-token tensors of the whole batch can be indexed alike.
+
+        Args:
+            rows: indices into B, at least one.
         """
         runs = self._image_runs()
-        image_of = self.image_of[runs[start] : runs[stop]]
-        used, image_of = image_of.unique(return_inverse=True)
+        used, image_of = self.image_of[[i for row in rows.tolist() for i in range(*runs[row : row + 2])]].unique(
+            return_inverse=True
+        )
         patches = self.grids_I3.prod(-1).tolist()
-        longest = int(self.lengths_B[start:stop].max())
+        longest = int(self.lengths_B[rows].max())
         pixels = self.pixel_values_NC.split(patches)
         return replace(
             self,
-            input_ids_BS=self.input_ids_BS[start:stop, :longest],
-            position_ids_3BS=self.position_ids_3BS[:, start:stop, :longest],
-            lengths_B=self.lengths_B[start:stop],
-            response_index_BT=self.response_index_BT[start:stop],
-            mask_BT=self.mask_BT[start:stop],
+            input_ids_BS=self.input_ids_BS[rows, :longest],
+            position_ids_3BS=self.position_ids_3BS[:, rows, :longest],
+            lengths_B=self.lengths_B[rows],
+            response_index_BT=self.response_index_BT[rows],
+            mask_BT=self.mask_BT[rows],
             pixel_values_NC=torch.cat([pixels[i] for i in used.tolist()]) if len(used) else self.pixel_values_NC[:0],
             grids_I3=self.grids_I3[used],
             image_of=image_of,
-            ids=self.ids[start:stop],
+            images_per_row=[self.images_per_row[row] for row in rows.tolist()],
+            ids=[self.ids[row] for row in rows.tolist()],
         )
 
     def _image_runs(self) -> list[int]:
@@ -114,19 +119,24 @@ class SequenceBatch:
         return [0, *torch.tensor(self.images_per_row).cumsum(0).tolist()]
 
 
-def micro_batches(batch: SequenceBatch, max_tokens: int | None) -> Iterator[tuple[slice, SequenceBatch]]:
+def micro_batches(batch: SequenceBatch, max_tokens: int | None) -> Iterator[tuple[Tensor, SequenceBatch]]:
     """Cut a batch along B into pieces whose padded size stays within `max_tokens` (a single longer sequence stands
-    alone). None does not cut. Every piece comes with the rows it holds."""
+    alone), sequences of like length together, shortest first. None does not cut. Every piece comes with the indices of
+    the rows it holds."""
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"micro_batch_tokens is {max_tokens}: give at least 1, or null for the whole batch at once")
-    if max_tokens is None:
-        yield slice(0, len(batch)), batch
+    lengths, order = batch.lengths_B.cpu().sort(stable=True)
+    if max_tokens is None or len(batch) * int(lengths[-1]) <= max_tokens:
+        yield torch.arange(len(batch)), batch
         return
-    start, longest = 0, 0
-    lengths = batch.lengths_B.tolist()
-    for row, length in enumerate(lengths):
-        if row > start and max(longest, length) * (row - start + 1) > max_tokens:
-            yield slice(start, row), batch.rows(start, row)
-            start, longest = row, 0
-        longest = max(longest, length)
-    yield slice(start, len(batch)), batch.rows(start, len(batch))
+    start = 0
+    for row, length in enumerate(lengths.tolist()):
+        if row > start and length * (row - start + 1) > max_tokens:
+            yield order[start:row], batch.select(order[start:row])
+            start = row
+    yield order[start:], batch.select(order[start:])
+
+
+def in_order(rows: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """What was computed piece by piece, in the order of the batch that `micro_batches` cut."""
+    return torch.cat(list(parts))[torch.cat(list(rows)).argsort()]

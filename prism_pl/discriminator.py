@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prism_pl.batch import SequenceBatch, micro_batches
+from prism_pl.batch import SequenceBatch, in_order, micro_batches
 from prism_pl.chat import EXPERTS, Parsed, parse, segments
 from prism_pl.logprobs import response_logps
 from prism_pl.policy import (
@@ -114,9 +114,10 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
     from lightning.fabric.utilities import move_data_to_device
 
     batch = move_data_to_device(batch, next(discriminator.parameters()).device)
-    pieces = [(batch.expert_N[rows], piece) for rows, piece in micro_batches(batch.sequences, micro_batch_tokens)]
+    pieces = list(micro_batches(batch.sequences, micro_batch_tokens))
     parts: list[RowScores] = []
-    for expert_N, piece in pieces:
+    for rows, piece in pieces:
+        expert_N = batch.expert_N[rows]
         if len(pieces) > 1 and torch.is_grad_enabled():
             parts.append(RowScores(*checkpoint(discriminator, piece, expert_N, use_reentrant=False)))
         else:
@@ -126,7 +127,7 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
     def mean(values: Sequence[Tensor]) -> Tensor:
         return (torch.stack(list(values)) * share.to(values[0].device)).sum()
 
-    scores_N = torch.cat([part.scores_N for part in parts])
+    scores_N = in_order([rows for rows, _ in pieces], [part.scores_N for part in parts])
     by_expert = {}
     for expert, row_B in batch.row_of.items():
         scores_B = scores_N[row_B.clamp_min(0)]

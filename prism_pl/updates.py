@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from prism_pl.aggregation import Metrics, aggregate, combine_metrics
-from prism_pl.batch import SequenceBatch, micro_batches
+from prism_pl.batch import SequenceBatch, in_order, micro_batches
 from prism_pl.logprobs import token_logps
 from prism_pl.losses import check_kl_placement, kl_estimate
 from prism_pl.mismatch import MismatchCorrection
@@ -74,7 +74,8 @@ class Numerics:
     @torch.no_grad()
     def all_logps(self, policy: Any, batch: SequenceBatch) -> Tensor:
         """`logps_BT` of a whole batch, piece by piece, without gradient."""
-        return torch.cat([self.logps(policy, piece)[0] for _, piece in micro_batches(batch, self.micro_batch_tokens)])
+        pieces = list(micro_batches(batch, self.micro_batch_tokens))
+        return in_order([rows for rows, _ in pieces], [self.logps(policy, piece)[0] for _, piece in pieces])
 
 
 def policy_backward(

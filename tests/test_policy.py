@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prism_pl.batch import SequenceBatch, micro_batches
+from prism_pl.batch import SequenceBatch, in_order, micro_batches
 from prism_pl.logprobs import chunked_logps, token_logps
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from tests.conftest import make_examples
@@ -94,8 +94,16 @@ def test_micro_batches_cover_the_batch_and_stay_within_the_budget(policy, proces
     pieces = list(micro_batches(batch, 300))
     assert len(pieces) > 2
     assert all(piece.input_ids_BS.numel() <= 300 for _, piece in pieces)
-    joined = torch.cat([token_logps(policy, piece).logps_BT for _, piece in pieces])
+    assert sum(piece.input_ids_BS.numel() for _, piece in pieces) < batch.input_ids_BS.numel()
+    lengths = torch.cat([piece.lengths_B for _, piece in pieces]).tolist()
+    assert lengths == sorted(batch.lengths_B.tolist()) != batch.lengths_B.tolist()
+    assert [piece.ids for _, piece in pieces] == [[batch.ids[row] for row in rows] for rows, _ in pieces]
+    joined = in_order([rows for rows, _ in pieces], [token_logps(policy, piece).logps_BT for _, piece in pieces])
     torch.testing.assert_close(joined, whole, atol=1e-5, rtol=0)
+    again = [piece.select(torch.tensor([len(piece) - 1])) for _, piece in pieces]
+    rows = torch.stack([rows[-1] for rows, _ in pieces])
+    last = torch.cat([token_logps(policy, piece).logps_BT for piece in again])
+    torch.testing.assert_close(last, whole[rows], atol=1e-5, rtol=0)
     alone = list(micro_batches(batch, 1))
     assert [len(piece) for _, piece in alone] == [1] * 8
 

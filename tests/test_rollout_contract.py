@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prism_pl.rollout import Rollout
+from prism_pl.rollout.bucket import Bucket, cut
 from prism_pl.rollout.contract import (
     StreamDigest,
     check_loaded,
@@ -16,7 +17,7 @@ from prism_pl.rollout.contract import (
     check_received,
     draw_prints,
 )
-from prism_pl.rollout.vllm_sync import buckets, weight_stream
+from prism_pl.rollout.vllm_sync import packed, unpacked
 
 IMAGE = 9
 
@@ -30,29 +31,58 @@ def test_a_prompt_that_was_expanded_twice_is_told_from_another_text():
 
 
 def stream():
-    return [("a", torch.tensor([1.0, 2.0])), ("b", torch.tensor([[3.0]])), ("c", torch.zeros(2, dtype=torch.bfloat16))]
+    return [("a", torch.tensor([1.0, 2.0])), ("b", torch.tensor([[3.0]])), ("c", torch.zeros(2))]
 
 
 def digest(named) -> StreamDigest:
     watched = StreamDigest()
-    assert len(list(watched.watch(named))) == len(named)
+    for name, tensor in named:
+        watched.add(Bucket.pack([(name, tensor)], torch.float32))
     return watched
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s[:2], "3 tensors were sent to the engine and 2 arrived"),
-        (lambda s: [s[1], s[0], s[2]], "tensor 0 of the weight sync, 'a', reached the engine with 'b' in its place"),
-        (lambda s: [s[0], ("b", s[1][1] + 1e-6), s[2]], "'b', reached the engine with other values"),
-        (lambda s: [("a", s[0][1].view(2, 1)), *s[1:]], "'a', reached the engine with other values"),
-        (lambda s: [s[0], s[1], ("c", -s[2][1])], "'c', reached the engine with other values"),
+        (lambda s: s[:2], "sent to the engine in 3 parts and 2 arrived"),
+        (lambda s: [s[1], s[0], s[2]], "from 'a' to 'a' reached the engine with other names or shapes"),
+        (lambda s: [s[0], ("b", s[1][1] + 1e-6), s[2]], "from 'b' to 'b' reached the engine with other values"),
+        (
+            lambda s: [("a", s[0][1].view(2, 1)), *s[1:]],
+            "from 'a' to 'a' reached the engine with other names or shapes",
+        ),
+        (lambda s: [s[0], s[1], ("c", -s[2][1])], "from 'c' to 'c' reached the engine with other values"),
     ],
 )
 def test_a_stream_that_changes_on_its_way_is_found_out(change, message):
     check_received(digest(stream()), digest(stream()))
     with pytest.raises(ValueError, match=re.escape(message)):
         check_received(digest(stream()), digest(change(stream())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bucket_gives_back_what_was_packed(dtype):
+    named = [(str(i), torch.randn(shape)) for i, shape in enumerate([(3,), (2, 5), (), (1, 1, 7)])]
+    bucket = Bucket.pack(named, dtype)
+    assert bucket.flat.nbytes % 8 == 0
+    for (name, view), (expected, tensor) in zip(bucket.named(), named, strict=True):
+        assert name == expected
+        torch.testing.assert_close(view, tensor.to(dtype), rtol=0, atol=0)
+
+
+def test_what_is_overwritten_between_sender_and_receiver_is_found_out():
+    sent, received = StreamDigest(), StreamDigest()
+    named = [(str(i), torch.ones(4)) for i in range(3)]
+    for name, tensor in unpacked(packed(named, torch.float32, 32, sent), received):
+        if name == "0":
+            tensor[0] = 2.0  # after its bucket was received: what the engine does with it is its own affair
+    check_received(sent, received)
+    spoiled = StreamDigest()
+    for bucket in packed(named, torch.float32, 32, sent := StreamDigest()):
+        bucket.flat[1] = 7.0
+        spoiled.add(bucket)
+    with pytest.raises(ValueError, match="from '0' to '1' reached the engine with other values"):
+        check_received(sent, spoiled)
 
 
 def test_names_are_compared_both_ways():
@@ -70,27 +100,30 @@ def test_a_parameter_that_was_not_loaded_is_named():
         check_loaded({"q"}, {"q", "k"})
 
 
-def test_buckets_are_bounded_and_whole_only_while_they_are_open():
-    named = [(str(i), torch.zeros(size)) for i, size in enumerate([2, 2, 9, 1, 1])]  # bytes: 8, 8, 36, 4, 4
-    assert [[name for name, _ in bucket] for bucket in buckets(named, 16)] == [["0", "1"], ["2"], ["3", "4"]]
-    opened = []
+def test_buckets_are_bounded_and_whole_only_while_they_are_packed():
+    named = [(str(i), torch.full((size,), float(i))) for i, size in enumerate([2, 2, 9, 1, 1])]
+    assert [[name for name, _ in part] for part in cut(named, 4)] == [["0", "1"], ["2"], ["3", "4"]]
+    opened, most = [], []
 
     class Gather:
         def __init__(self, tensors):
-            self.size = sum(tensor.nbytes for tensor in tensors)
+            self.size = sum(tensor.numel() for tensor in tensors)
 
         def __enter__(self):
             opened.append(self.size)
+            most.append(sum(opened))
 
         def __exit__(self, *_):
             opened.append(-self.size)
 
     seen = []
-    for name, tensor in weight_stream(named, 16, Gather):
-        seen.append((name, sum(opened)))
+    for name, tensor in unpacked(packed(named, torch.float32, 16, StreamDigest(), Gather), StreamDigest()):
+        seen.append(name)
         assert not tensor.requires_grad
-    assert seen == [("0", 16), ("1", 16), ("2", 36), ("3", 8), ("4", 8)]
-    assert sum(opened) == 0
+        assert tensor.eq(float(name)).all()
+        assert sum(opened) == 0  # a bucket is a copy: nothing needs to stay whole while the engine loads it
+    assert seen == ["0", "1", "2", "3", "4"]
+    assert most == [4, 9, 2]
 
 
 def test_engines_with_one_seed_are_refused_and_ranks_of_one_engine_share_theirs():

@@ -5,12 +5,13 @@ falling. Every check here is a ValueError that begins with "rollout contract" an
 """
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
+from prism_pl.rollout.bucket import Bucket
 from prism_pl.rollout.engine import Rollout
 
 # Whoever draws the same response by chance, at this log-probability or below, does so once in e^30 times.
@@ -41,44 +42,42 @@ def check_prompt_ids(returned: Sequence[int], expected: Sequence[int], image_tok
 
 
 class StreamDigest:
-    """A checksum of a stream of named tensors: of names, shapes and bits, in order.
+    """A checksum of a stream of weights: of names, shapes and bits, bucket by bucket.
 
     The sums stay on the tensors' device until they are compared, so that a stream is waited for once.
     """
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.names: list[tuple[str, str]] = []
+        self._heads: list[int] = []
         self._sums: list[Tensor] = []
 
-    def watch(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The stream as it is, added up while it passes."""
-        for name, tensor in stream:
-            self.names.append(name)
-            self._sums.append(_bit_sum(tensor) + zlib.crc32(str(tuple(tensor.shape)).encode()))
-            yield name, tensor
+    def add(self, bucket: Bucket) -> None:
+        """Add up one bucket."""
+        self.names.append((bucket.names[0], bucket.names[-1]))
+        self._heads.append(bucket.head())
+        self._sums.append(bucket.bits())
 
-    def entries(self) -> list[tuple[str, int]]:
-        """Each name with its tensor's checksum."""
-        return list(zip(self.names, torch.stack(self._sums).tolist() if self._sums else [], strict=True))
-
-
-def _bit_sum(tensor: Tensor) -> Tensor:
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.detach().contiguous().view(-1).view(bits).sum(dtype=torch.int64)
+    def entries(self) -> list[tuple[tuple[str, str], int, int]]:
+        """Of each bucket its first and last name, and the checksums of its head and of its values."""
+        sums = torch.stack(self._sums).tolist() if self._sums else []
+        return list(zip(self.names, self._heads, sums, strict=True))
 
 
 def check_received(sent: StreamDigest, received: StreamDigest) -> None:
-    """ValueError where the engine did not receive the very tensors that were sent, in their order."""
+    """ValueError where the engine did not receive the very weights that were sent, in their order."""
     ours, theirs = sent.entries(), received.entries()
-    for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
-        if one != other:
-            what = f"{other[0]!r} in its place" if one[0] != other[0] else "other values"
+    for (names, head, bits), (_, other_head, other_bits) in zip(ours, theirs, strict=False):
+        if (head, bits) != (other_head, other_bits):
+            what = "other values" if head == other_head else "other names or shapes"
             raise ValueError(
-                f"rollout contract: tensor {number} of the weight sync, {one[0]!r}, reached the engine with {what} "
-                "(checksums differ)"
+                f"rollout contract: the part of the weight sync from {names[0]!r} to {names[1]!r} reached the engine "
+                f"with {what} (checksums differ)"
             )
     if len(ours) != len(theirs):
-        raise ValueError(f"rollout contract: {len(ours)} tensors were sent to the engine and {len(theirs)} arrived")
+        raise ValueError(
+            f"rollout contract: the weight sync was sent to the engine in {len(ours)} parts and {len(theirs)} arrived"
+        )
 
 
 def check_names(sent: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

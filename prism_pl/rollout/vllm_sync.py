@@ -9,36 +9,38 @@ import torch
 from torch import Tensor
 
 from prism_pl.rollout import vllm_compat
+from prism_pl.rollout.bucket import Bucket, Named, cut
 from prism_pl.rollout.contract import StreamDigest, check_loaded, check_names, check_received
 
-Named = tuple[str, Tensor]
 Gather = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
 
 
-def buckets(named: Iterable[Named], max_bytes: int) -> Iterator[list[Named]]:
-    """Cut a stream of named tensors into lists of at most `max_bytes`; a single larger tensor stands alone."""
-    bucket: list[Named] = []
-    size = 0
-    for name, tensor in named:
-        if bucket and size + tensor.nbytes > max_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
+def packed(
+    named: Iterable[Named],
+    dtype: torch.dtype,
+    max_bytes: int,
+    sent: StreamDigest,
+    gather: Gather = lambda _: nullcontext(),
+) -> Iterator[Bucket]:
+    """The named tensors as buckets of the engine's dtype, one at a time.
+
+    Args:
+        max_bytes: of a bucket, as it is sent.
+        sent: adds up what leaves.
+        gather: makes the tensors of a bucket whole for as long as its context lasts, where they are sharded.
+    """
+    for part in cut(named, max_bytes // dtype.itemsize):
+        with gather([tensor for _, tensor in part]):
+            bucket = Bucket.pack(part, dtype)
+        sent.add(bucket)
         yield bucket
 
 
-def weight_stream(named: Iterable[Named], max_bytes: int, gather: Gather = lambda _: nullcontext()) -> Iterator[Named]:
-    """The named tensors one after the other, whole only while their bucket is open.
-
-    Args:
-        gather: makes the tensors of a bucket whole for as long as its context lasts, where they are sharded.
-    """
-    for bucket in buckets(named, max_bytes):
-        with gather([tensor for _, tensor in bucket]):
-            for name, tensor in bucket:
-                yield name, tensor.detach()
+def unpacked(buckets: Iterable[Bucket], received: StreamDigest) -> Iterator[Named]:
+    """The tensors of buckets, one after the other; `received` adds up what arrives."""
+    for bucket in buckets:
+        received.add(bucket)
+        yield from bucket.named()
 
 
 class WeightSender:
@@ -52,35 +54,31 @@ class WeightSender:
     def __init__(self, policy: Any, max_bytes: int = 1 << 30) -> None:
         self.max_bytes = max_bytes
         self.expected = {name: tuple(p.shape) for name, p in policy.named_parameters()}
+        self.held: set[str] = set()
+        self.dtype = torch.float32
         if policy.config.tie_word_embeddings and "lm_head.weight" in self.expected:
             raise ValueError(
                 "the policy's config says tie_word_embeddings, but its lm_head has weights of its own: vLLM would take "
                 "the embeddings for the head. Set tie_word_embeddings: false in config.json"
             )
 
+    @torch.no_grad()
     def fill(self, policy: Any, model: Any) -> None:
         """Load every parameter into a model that vLLM has just made. ValueErrors as in `send`."""
-        sent = StreamDigest()
-        stream = sent.watch(weight_stream(policy.named_parameters(), self.max_bytes))
-        received = StreamDigest()
-        loaded = model.load_weights(received.watch(stream))
-        check_received(sent, received)
-        check_loaded(loaded, {name for name, _ in model.named_parameters()})
+        self.dtype = next(model.parameters()).dtype
+        self.held = {name for name, _ in model.named_parameters()}
+        self._transfer(policy.named_parameters(), model.load_weights)
 
     @torch.no_grad()
     def send(self, llm: Any, named_parameters: Iterable[Named], on_cpu: bool) -> None:
         """Load every parameter into a running engine. ValueError where one is missing, unknown, left out or altered."""
         named = list(named_parameters)
         check_names({name: tuple(p.shape) for name, p in named}, self.expected)
-        sent = StreamDigest()
-        stream = sent.watch(weight_stream(named, self.max_bytes))
-        ((received, loaded, parameters),) = llm.collective_rpc(partial(receive, on_cpu=on_cpu), args=(stream,))
+        load = partial(vllm_compat.load_weights, on_cpu=on_cpu)
+        self._transfer(named, lambda stream: llm.collective_rpc(load, args=(stream,))[0])
+
+    def _transfer(self, named: Iterable[Named], load: Callable[[Iterator[Named]], set[str]]) -> None:
+        sent, received = StreamDigest(), StreamDigest()
+        loaded = load(unpacked(packed(named, self.dtype, self.max_bytes, sent), received))
         check_received(sent, received)
-        check_loaded(loaded, parameters)
-
-
-def receive(worker: Any, stream: Iterable[Named], *, on_cpu: bool) -> tuple[StreamDigest, set[str], set[str]]:
-    """In the engine's worker: what arrived, the names of what was loaded, and of all there is."""
-    received = StreamDigest()
-    loaded = vllm_compat.load_weights(worker, received.watch(stream), on_cpu)
-    return received, loaded, {name for name, _ in worker.get_model().named_parameters()}
+        check_loaded(loaded, self.held)
