@@ -178,8 +178,8 @@ def print_sync_and_sleep(engine: VLLMEngine, before_start: float) -> None:
     with as_trained(engine.on_cpu):
         probes = median_ms(lambda: engine.probe.check(engine._generate, engine.policy, engine.processor))
     print(
-        f"weight sync, median of 5: weights and checksums {sends:.1f} ms, cache resets {resets:.1f} ms; the probe after "
-        f"it {probes:.0f} ms"
+        f"weight sync, median of 5: weights and checksums {sends:.1f} ms, cache resets {resets:.1f} ms; "
+        f"the probe after it {probes:.0f} ms"
     )
     print(f"probe difference: {engine.metrics()['rollout/probe_difference']:.4f}")
     if engine.on_cpu:
