@@ -61,3 +61,11 @@ class StructuralProxies(Callback):
         pl_module.log_dict(scalars, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in scalars.items()}, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window, so that a resumed run logs what the whole one would have."""
+        return {"window": list(self.window)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.window.clear()
+        self.window.extend(state_dict["window"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prism_pl.advantages import Scale, group_advantages, groups_with_variance
 from prism_pl.aggregation import Metrics, combine_metrics
-from prism_pl.batch import SequenceBatch
+from prism_pl.batch import Example, SequenceBatch
 from prism_pl.batch_draws import BatchDraws
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.groups import Group, GroupBuffer, groups_worth_training, make_groups, shuffled_minibatches
@@ -29,6 +29,7 @@ from prism_pl.prompts import PromptBatch, PromptCollator
 from prism_pl.rewards import AccuracyFormatReward, Reward, RewardOutput, format, timeouts
 from prism_pl.rollout.batch import rollout_batch
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_training_sampling
+from prism_pl.rollout.overlap import Overlap
 from prism_pl.rollout_stage import (
     check_counts,
     check_max_norms,
@@ -172,10 +173,7 @@ class RLVRModule(LightningModule):
         self._start_engine()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
-        with self.timer.phase("rollout"):
-            rollouts = self.rollout.generate(batch.examples, self.num_rollouts, self.sampling)
-        with self.timer.phase("reward"):
-            rewarded = self._reward(batch, rollouts)
+        rollouts, rewarded = self._sample(batch)
         self._log_batch(rollouts, rewarded)
         groups = self._groups(batch, rollouts, rewarded)
         if groups:
@@ -187,13 +185,23 @@ class RLVRModule(LightningModule):
         self.log_dict(self.timer.pop() | self.rollout.metrics(), batch_size=1)
         return self._output(batch, rollouts, rewarded)
 
-    def _reward(self, batch: PromptBatch, rollouts: Sequence[Rollout]) -> RewardOutput:
-        """Rewards of B rollouts with the overlong punishment in them, which is also the part `overlong`."""
-        examples = [example for example in batch.examples for _ in range(self.num_rollouts)]
+    def _sample(self, batch: PromptBatch) -> tuple[list[Rollout], RewardOutput]:
+        """Rollouts and their rewards: finished groups are rewarded while the engine goes on. `time/reward` is what is
+        left of that when it has done."""
         before = timeouts()
-        told = self.reward([r.text for r in rollouts], examples)
+        with Overlap(lambda p, group: self._reward(batch.examples[p], group)) as overlap:
+            with self.timer.phase("rollout"):
+                rollouts = self.rollout.generate(batch.examples, self.num_rollouts, self.sampling, overlap.submit)
+            with self.timer.phase("reward"):
+                size = self.num_rollouts
+                rewarded = overlap.results([rollouts[i : i + size] for i in range(0, len(rollouts), size)])
         self.log("rlvr/reward_timeouts", float(timeouts() - before), batch_size=1, sync_dist=True, reduce_fx="sum")
-        check_finite(told.rewards_B, "a reward", [example.id for example in examples])
+        return rollouts, RewardOutput.joined(rewarded)
+
+    def _reward(self, example: Example, rollouts: Sequence[Rollout]) -> RewardOutput:
+        """Rewards of a prompt's rollouts with the overlong punishment in them, which is also the part `overlong`."""
+        told = self.reward([r.text for r in rollouts], [example] * len(rollouts))
+        check_finite(told.rewards_B, "a reward", [example.id] * len(rollouts))
         if self.overlong_buffer is None:
             return told
         return with_overlong(told, rollouts, self.sampling.max_tokens, self.overlong_buffer, self.overlong_penalty)

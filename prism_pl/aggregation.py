@@ -9,6 +9,7 @@ nothing to the sum and nothing to the count, so leaving it out neither shrinks t
 others; the policy loss, the KL term and the entropy of one step share that count.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -127,3 +128,11 @@ def combine_metrics(parts: Sequence[Metrics], weight: str = "num_tokens") -> Met
         else:
             merged[name] = (values[filled] * counts[filled]).sum() / counts.sum()
     return merged
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """The smallest of the values that a share `q` of them does not exceed; `torch.quantile` refuses more than 2^24.
+    NaN where there are none."""
+    if values.numel() == 0:
+        return values.new_full((), torch.nan)
+    return values.kthvalue(math.ceil(q * values.numel())).values

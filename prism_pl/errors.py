@@ -19,6 +19,10 @@ class UsageError(ValueError):
     """The command line or a configuration asks for something that does not exist or cannot be."""
 
 
+class EngineStopped(RuntimeError):
+    """The rollout engine cannot go on; the message says why."""
+
+
 class Stopped(Exception):
     """The user pressed Ctrl+C; the message says how to go on."""
 
@@ -37,16 +41,16 @@ def wants_traceback() -> bool:
 def report(error: BaseException) -> int:
     """Print the error as the last thing on the screen and return the exit code.
 
-    Errors that tell the user something (ValueError, a missing file, a refused checkpoint) are one message. Any other is
-    a defect of the program, whose traceback is needed.
+    Errors that tell the user something (ValueError, a missing file, a refused checkpoint, an engine that stopped) are
+    one message. Any other is a defect of the program, whose traceback is needed.
     """
     sys.stdout.flush()
     if isinstance(error, Stopped | KeyboardInterrupt):
         print(f"\n{error}" if str(error) else "\nStopped.", file=sys.stderr)
         return EXIT_STOPPED
-    expected = isinstance(error, ValueError | OSError | UnpicklingError | ArithmeticError) or _is_misconfiguration(
-        error
-    )
+    expected = isinstance(
+        error, ValueError | OSError | UnpicklingError | ArithmeticError | EngineStopped
+    ) or _is_misconfiguration(error)
     if wants_traceback() or not expected:
         traceback.print_exception(error)
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_RUN

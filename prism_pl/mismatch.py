@@ -15,14 +15,13 @@ Sources: "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training
 "Every Step Evolves" (arXiv 2510.18855, IcePop) for masking on both sides.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from prism_pl.aggregation import Metrics, at_least_float32, masked_mean
+from prism_pl.aggregation import Metrics, at_least_float32, masked_mean, quantile
 from prism_pl.policy_gradient import MAX_LOG_RATIO
 
 Kind = Literal["auto", "off", "tis", "mis"]
@@ -110,13 +109,8 @@ def _measure(difference_BT: Tensor, mask_BT: Tensor) -> Metrics:
     outside_BT = (ratio_BT < BAND[0]) | (ratio_BT > BAND[1])
     empty = sizes.numel() == 0
     return {
-        "mismatch_p50": nan if empty else _quantile(sizes, 0.5),
-        "mismatch_p95": nan if empty else _quantile(sizes, 0.95),
+        "mismatch_p50": quantile(sizes, 0.5),
+        "mismatch_p95": quantile(sizes, 0.95),
         "mismatch_max": nan if empty else sizes.max(),
         "mismatch_outside": masked_mean(outside_BT.float(), mask_BT),
     }
-
-
-def _quantile(values: Tensor, q: float) -> Tensor:
-    """The smallest value that a share `q` of them does not exceed (torch.quantile refuses more than 2^24 values)."""
-    return values.kthvalue(math.ceil(q * values.numel())).values

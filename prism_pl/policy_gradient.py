@@ -27,7 +27,7 @@ GSPO and CISPO, whose ratios are weights without a gradient, it keeps its own un
 import torch
 from torch import Tensor
 
-from prism_pl.aggregation import Aggregation, Metrics, aggregate, at_least_float32, masked_mean
+from prism_pl.aggregation import Aggregation, Metrics, aggregate, at_least_float32, masked_mean, quantile
 
 MAX_LOG_RATIO = 20.0
 
@@ -229,8 +229,8 @@ def _metrics(ratio_BT: Tensor, mask_BT: Tensor, low_BT: Tensor, high_BT: Tensor,
         "ratio_mean": ratios.mean(),
         "ratio_min": nan if empty else ratios.min(),
         "ratio_max": nan if empty else ratios.max(),
-        "ratio_p05": nan if empty else ratios.quantile(0.05),
-        "ratio_p95": nan if empty else ratios.quantile(0.95),
+        "ratio_p05": quantile(ratios, 0.05),
+        "ratio_p95": quantile(ratios, 0.95),
         "num_tokens": mask_BT.sum(),
     }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-EVALUATE = "--model.sampling.temperature 1.0 --model.num_samples 4 --model.pass_k [1,4]"
+EVALUATE = "--model.sampling.temperature 1.0 --model.num_samples 4 --model.pass_k [1,4] --data.num_hard 64"
 
 
 def commands(runs: str) -> list[str]:

@@ -19,7 +19,7 @@ from prism_pl.logprobs import token_logps
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.policy_loss import GRPO
 from prism_pl.processor import Processor
-from prism_pl.rollout.engine import Rollout, Sampling
+from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 
 RIGHT = render("- red 3", "1. 3 + 7 = 10", "10")
 WRONG = render("- green 9", "1. it is 9", "9")
@@ -39,7 +39,9 @@ class ScriptedEngine:
         self.policy, self.processor, self.num_drawn = policy, processor, 0
 
     @torch.no_grad()
-    def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None
+    ) -> list[Rollout]:
         prompts = [self.processor.prompt(example) for example in examples]
         first = 0 if sampling.seed is not None else self.num_drawn
         texts = [self.texts[(first + b) % len(self.texts)] for b in range(len(prompts) * num_samples)]

@@ -288,7 +288,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(random_policy, tmp_path):
 class SamplingEngine(TransformersEngine):
     """Real draws; some responses are then said to be well formed, which random weights never are."""
 
-    def generate(self, examples, num_samples, sampling):
+    def generate(self, examples, num_samples, sampling, on_group=None):
         rollouts = super().generate(examples, num_samples, replace(sampling, max_tokens=8))
         forms = (RIGHT, WRONG)
         return [replace(r, text=forms[sum(r.response_ids) % 2].replace("3", str(r.response_ids[0]))) for r in rollouts]

@@ -175,6 +175,14 @@ def test_proxies_are_taken_over_a_window_of_steps(tmp_path):
     assert "proxies/descriptive_items/distance" not in events.Tags()["scalars"]
 
 
+def test_the_window_of_proxies_goes_on_in_a_resumed_run(tmp_path):
+    whole, resumed = StructuralProxies(window=2), StructuralProxies(window=2)
+    whole.window.extend([([ONE], [THREE]), ([THREE], [])])
+    resumed.load_state_dict(whole.state_dict())
+    assert resumed.window == whole.window
+    assert resumed.window.maxlen == 2
+
+
 def test_a_step_that_gives_too_little_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"callbacks\.RewardGap needs demonstration_scores, valid"):
         fit(tmp_path, [RewardGap()], Stage({"scores": {}}))

@@ -37,7 +37,7 @@ class Scripted:
 
     def start(self, policy, processor, *, rank): ...
 
-    def generate(self, examples, num_samples, sampling):
+    def generate(self, examples, num_samples, sampling, on_group=None):
         self.seeds.append(sampling.seed)
         samples = [
             Rollout([0], [1] * self.lengths[g], [0.0] * self.lengths[g], self.texts[g], "length" if g else "stop")

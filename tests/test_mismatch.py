@@ -91,7 +91,7 @@ def test_options_out_of_range_are_named(options, named):
 class DriftedEngine(ScriptedEngine):
     """Reports log-probabilities that lie log 4 below the trainer's: every ratio is 4."""
 
-    def generate(self, examples, num_samples, sampling):
+    def generate(self, examples, num_samples, sampling, on_group=None):
         rollouts = super().generate(examples, num_samples, sampling)
         return [replace(r, sampler_logps=[logp - math.log(4) for logp in r.sampler_logps]) for r in rollouts]
 

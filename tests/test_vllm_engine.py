@@ -197,6 +197,24 @@ def test_samples_differ_and_draws_are_reproducible(engine, examples):
     assert ids(engine.generate(examples, 4, SAMPLED)) == second
 
 
+def test_groups_are_handed_over_when_they_are_finished(engine, examples):
+    """One by one, before the last: the short answer does not wait for the long ones."""
+    told = []
+    sampling = Sampling(temperature=1.0, max_tokens=48, seed=5)
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        execute = engine.launched.llm.llm_engine.step
+        patch.setattr(engine.launched.llm.llm_engine, "step", lambda: (steps.append(1), execute())[1])
+        on_group = lambda p, group: told.append((len(steps), p, group))  # noqa: E731
+        rollouts = engine.generate(examples, 2, sampling, on_group)
+    assert sorted(p for _, p, _ in told) == [0, 1, 2]
+    assert [group for _, _, group in sorted(told, key=lambda each: each[1])] == [rollouts[i : i + 2] for i in (0, 2, 4)]
+    assert len({step for step, _, _ in told}) > 1
+    with pytest.raises(KeyError, match="mine"):  # what the listener raises is raised, and the engine stays usable
+        engine.generate(examples, 1, sampling, lambda p, group: {}["mine"])
+    assert engine.generate(examples, 2, sampling) == rollouts
+
+
 def test_a_seed_fixes_a_call(engine, examples):
     seeded = replace(SAMPLED, seed=5)
     first = ids(engine.generate(examples, 2, seeded))

@@ -18,7 +18,7 @@ from prism_pl.chat import render
 from prism_pl.discriminator import TwoHeadDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.processor import Processor
-from prism_pl.rollout.engine import Rollout, Sampling
+from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 from prism_pl.rollout.transformers_engine import TransformersEngine
 from tests.conftest import DEMONSTRATION, make_examples
 
@@ -39,7 +39,9 @@ class ScriptedEngine:
         self.started = True
         self.num_drawn = 0
 
-    def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None
+    ) -> list[Rollout]:
         assert self.started
         drawn = range(self.num_drawn, self.num_drawn + len(examples) * num_samples)
         self.num_drawn = drawn.stop

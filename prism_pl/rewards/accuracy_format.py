@@ -9,6 +9,7 @@ Any class with the same `__call__` fits, wherever it is defined:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,9 +28,18 @@ class RewardOutput:
     rewards_B: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def joined(cls, outputs: Sequence["RewardOutput"]) -> "RewardOutput":
+        """The rewards of several groups as those of one batch. All have the same parts."""
+        parts = {name: torch.cat([output.parts[name] for output in outputs]) for name in outputs[0].parts}
+        return cls(torch.cat([output.rewards_B for output in outputs]), parts)
+
 
 class Reward(Protocol):
-    """Scores whole responses, each against its own example (so an example stands once for each of its rollouts)."""
+    """Scores whole responses, each against its own example (so an example stands once for each of its rollouts).
+
+    In training it is called for one prompt's rollouts at a time, from a thread beside the rollout engine.
+    """
 
     def __call__(self, responses: list[str], examples: list[Example]) -> RewardOutput: ...
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from prism_pl.batch import Example
 from prism_pl.processor import Processor
 from prism_pl.rollout import vllm_compat
-from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling
+from prism_pl.rollout.engine import GroupDone, Rollout, RolloutEngine, Sampling
 from prism_pl.rollout.transformers_engine import TransformersEngine
 from prism_pl.rollout.vllm_engine import VLLMEngine
 
@@ -50,9 +50,11 @@ class AutoEngine:
         assert self.engine is not None, "start the engine first"
         return self.engine
 
-    def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None
+    ) -> list[Rollout]:
         """See `RolloutEngine`."""
-        return self.chosen.generate(examples, num_samples, sampling)
+        return self.chosen.generate(examples, num_samples, sampling, on_group)
 
     def dtype(self) -> torch.dtype:
         """See `RolloutEngine`."""

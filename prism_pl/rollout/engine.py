@@ -1,6 +1,6 @@
 """What a rollout engine is: anything with these methods can be named in YAML."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -82,6 +82,10 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
 
 
+# Told the number of an example and its rollouts.
+GroupDone = Callable[[int, list[Rollout]], None]
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Samples responses from the policy. `start` is called once, before everything else.
@@ -92,8 +96,15 @@ class RolloutEngine(Protocol):
 
     def start(self, policy: Any, processor: Processor, *, rank: int) -> None: ...
 
-    def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
-        """`num_samples` rollouts an example, prompt by prompt: rollout g of example p stands at p * num_samples + g."""
+    def generate(
+        self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None
+    ) -> list[Rollout]:
+        """`num_samples` rollouts an example, prompt by prompt: rollout g of example p stands at p * num_samples + g.
+
+        Args:
+            on_group: is told each group as soon as all of it is there, while the engine goes on with the others. An
+                engine that has all at once need not call it.
+        """
         ...
 
     def dtype(self) -> torch.dtype:

@@ -74,11 +74,11 @@ class TensorGroup:
             groups = [torch.distributed.new_group(range(k, k + size), backend="gloo") for k in range(0, world, size)]
             self.group = groups[self.number]
 
-    def union(self, rows: Sequence[Any]) -> tuple[list[Any], slice]:
+    def union(self, rows: Sequence[Any]) -> tuple[list[Any], range]:
         """The rows of all ranks of the group, in order, and where this rank's stand among them."""
         if self.size == 1:
-            return list(rows), slice(0, len(rows))
+            return list(rows), range(len(rows))
         parts: list[list[Any]] = [[] for _ in range(self.size)]
         torch.distributed.all_gather_object(parts, list(rows), group=self.group)
         start = sum(len(part) for part in parts[: self.place])
-        return [row for part in parts for row in part], slice(start, start + len(rows))
+        return [row for part in parts for row in part], range(start, start + len(rows))

@@ -15,7 +15,7 @@ from prism_pl.batch import Example
 from prism_pl.optim import check_finite
 from prism_pl.processor import Processor, Prompt
 from prism_pl.rollout.draws import Draws
-from prism_pl.rollout.engine import Rollout, Sampling
+from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 from prism_pl.rollout.inference import inference
 from prism_pl.rollout.probe import Probe
 from prism_pl.rollout.ranks import RankCheck
@@ -44,9 +44,12 @@ class TransformersEngine:
         self.ranks = RankCheck(self.draws)
         self.probe = Probe()
 
-    def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None
+    ) -> list[Rollout]:
         """`num_samples` rollouts an example, prompt by prompt. A response ends at the end-of-turn token or, as Qwen's
         own generation configuration has it, at the end-of-text token. Greedy log-probabilities are of temperature 1.
+        `on_group` is not called: a batch is finished all at once.
         """
         rollouts = self._generate(examples, num_samples, sampling)
         self.probe.remember(examples)

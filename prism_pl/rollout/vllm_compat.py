@@ -121,6 +121,26 @@ def load_weights(worker: Any, stream: Iterable[tuple[str, Tensor]], on_cpu: bool
     return loaded
 
 
+@contextmanager
+def watching(llm: Any, finished: Callable[[int, Any], None]) -> Iterator[None]:
+    """Meanwhile, tell each output of `llm.generate` when it is finished, with its number in the call."""
+    engine, first = llm.llm_engine, llm.request_counter.counter
+    step = engine.step
+
+    def watched() -> Any:
+        outputs = step()
+        for output in outputs:
+            if output.finished:
+                finished(int(output.request_id) - first, output)
+        return outputs
+
+    engine.step = watched
+    try:
+        yield
+    finally:
+        engine.step = step
+
+
 def keep_process_groups() -> None:
     """An engine that stops, be it that it is collected, would take torch's process groups down, the trainer's too."""
     from vllm.v1.engine import core

@@ -5,7 +5,7 @@ that is checked in the loop, see `prism_pl.rollout.contract`.
 """
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from prism_pl.batch import Example
+from prism_pl.errors import EngineStopped
 from prism_pl.optim import check_finite
 from prism_pl.processor import Processor, open_image
 from prism_pl.rollout import vllm_compat
 from prism_pl.rollout.contract import check_prompt_ids
 from prism_pl.rollout.draws import Draws
-from prism_pl.rollout.engine import Rollout, Sampling
+from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 from prism_pl.rollout.probe import Probe
 from prism_pl.rollout.ranks import RankCheck, TensorGroup
 from prism_pl.rollout.vllm_launch import Dtype, Launched, LaunchOptions
@@ -54,8 +55,10 @@ class VLLMEngine:
         kv_cache_mb: int | None = None,
         sleep: bool = True,
     ) -> None:
-        for name, value in (("tensor_parallel", tensor_parallel), ("max_images", max_images)):
-            if value < 1:
+        counts = {"tensor_parallel": tensor_parallel, "max_images": max_images}
+        counts |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "kv_cache_mb": kv_cache_mb}
+        for name, value in counts.items():
+            if value is not None and value < 1:
                 raise ValueError(f"engine {name} is {value}: give at least 1")
         if not 0 < gpu_memory < 1:
             raise ValueError(f"engine gpu_memory is {gpu_memory}: a share of the memory, give a number between 0 and 1")
@@ -82,22 +85,26 @@ class VLLMEngine:
         self.probe = Probe(self.launched.dtype)
         self._memory: dict[str, float] = {}
 
-    def generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None
+    ) -> list[Rollout]:
         """`num_samples` rollouts an example, prompt by prompt. A response ends at the end-of-turn token or, as Qwen's
         own generation configuration has it, at the end-of-text token. Greedy log-probabilities are of temperature 1.
 
-        Raises RuntimeError where vLLM stops, with its reason, and ValueError for a prompt that does not fit.
+        Raises EngineStopped where vLLM stops, with its reason, and ValueError for a prompt that does not fit.
         """
         if self.stale:
             # A strategy may restore a checkpoint after the start.
             self._load(self.policy.named_parameters())
         self.wake()
-        rollouts = self._generate(examples, num_samples, sampling)
+        rollouts = self._generate(examples, num_samples, sampling, on_group)
         self.probe.remember(examples)
         self.ranks.remember(rollouts, sampling)
         return rollouts
 
-    def _generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
+    def _generate(
+        self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None
+    ) -> list[Rollout]:
         everyones, mine = self.tensor_group.union(examples)
         prompts = [self._prompt(example, sampling) for example in everyones]
         greedy = sampling.temperature == 0
@@ -106,16 +113,27 @@ class VLLMEngine:
             self._forget_prompts()
         params = self._sampling_params(1 if greedy else num_samples, sampling)
         device = self.policy.get_input_embeddings().weight.device
+        groups: dict[int, list[Rollout]] = {}
+
+        def finished(p: int, output: Any) -> None:
+            if p not in mine:
+                return
+            group = self._group(everyones[p].id, prompts[p][1], output)
+            groups[p] = group * num_samples if greedy else group
+            if on_group is not None:
+                on_group(p - mine.start, groups[p])
+
         with self.draws.seeded(sampling, device), vllm_compat.eager(self.on_cpu):
-            outputs = self._run([prompt for prompt, _ in prompts], params, [example.id for example in everyones])
-        rollouts: list[Rollout] = []
-        for example, (_, expected), output in list(zip(everyones, prompts, outputs, strict=True))[mine]:
-            check_prompt_ids(output.prompt_token_ids, expected, self.processor.image_token_id, example.id)
-            drawn = [self._rollout(expected, completion) for completion in output.outputs]
-            total = torch.tensor([sum(rollout.sampler_logps) for rollout in drawn]).sum()
-            check_finite(total, "the policy's next-token distribution", [example.id])
-            rollouts += drawn * num_samples if greedy else drawn
-        return rollouts
+            self._run([prompt for prompt, _ in prompts], params, [example.id for example in everyones], finished)
+        return [rollout for p in mine for rollout in groups[p]]
+
+    def _group(self, row: str, prompt_ids: list[int], output: Any) -> list[Rollout]:
+        """The rollouts of one prompt. ValueError where vLLM read another prompt, or drew from NaN."""
+        check_prompt_ids(output.prompt_token_ids, prompt_ids, self.processor.image_token_id, row)
+        drawn = [self._rollout(prompt_ids, completion) for completion in output.outputs]
+        total = torch.tensor([sum(rollout.sampler_logps) for rollout in drawn]).sum()
+        check_finite(total, "the policy's next-token distribution", [row])
+        return drawn
 
     def _prompt(self, example: Example, sampling: Sampling) -> tuple[dict[str, Any], list[int]]:
         """vLLM's request, and the prompt ids that it must come to."""
@@ -156,20 +174,34 @@ class VLLMEngine:
             detokenize=False,
         )
 
-    def _run(self, requests: list[dict[str, Any]], params: Any, rows: list[str]) -> list[Any]:
-        """vLLM's outputs. Whatever stops it leaves requests behind inside: the engine is not used again."""
+    def _run(
+        self, requests: list[dict[str, Any]], params: Any, rows: list[str], finished: Callable[[int, Any], None]
+    ) -> None:
+        """Hand each of vLLM's outputs to `finished`, with its number. Whatever stops vLLM leaves requests behind
+        inside: the engine is not used again."""
         llm = self._llm
+        broken: list[Exception] = []
+
+        def told(p: int, output: Any) -> None:
+            try:
+                finished(p, output)
+            except Exception as error:  # not vLLM's: it goes on to its end, and stays usable
+                broken.append(error)
+
         try:
-            return llm.generate(requests, params, use_tqdm=False)
+            with vllm_compat.watching(llm, told):
+                llm.generate(requests, params, use_tqdm=False)
         except Exception as error:
             self.dead = f"{type(error).__name__}: {error}"
-            raise RuntimeError(f"the rollout engine (vLLM) stopped on rows {rows[:4]}: {self.dead}") from error
+            raise EngineStopped(f"the rollout engine (vLLM) stopped on rows {rows[:4]}: {self.dead}") from error
+        if broken:
+            raise broken[0]
 
     @property
     def _llm(self) -> Any:
         """The running `vllm.LLM`."""
         if self.dead is not None:
-            raise RuntimeError(f"the rollout engine stopped before: {self.dead}")
+            raise EngineStopped(f"the rollout engine stopped before: {self.dead}")
         assert self.launched is not None, "start the engine first"
         return self.launched.llm
 

@@ -58,12 +58,17 @@ class Launched:
         vllm_compat.keep_process_groups()
         _join_group(device)
         with vllm_compat.process_state(), vllm_compat.eager(self.on_cpu), _rank_in_environment(device):
-            self.llm = vllm.LLM(
-                model=self._folder.name,
-                load_format=vllm_compat.register_loader(fill),
-                **_llm_options(options, self.on_cpu),
-                **vllm_compat.engine_options(self.on_cpu),
-            )
+            try:
+                self.llm = vllm.LLM(
+                    model=self._folder.name,
+                    load_format=vllm_compat.register_loader(fill),
+                    **_llm_options(options, self.on_cpu),
+                    **vllm_compat.engine_options(self.on_cpu),
+                )
+            except BaseException:
+                _leave_groups()
+                self._folder.cleanup()
+                raise
         # A run that fails is not torn down by Lightning: then the engine goes when it is collected.
         self._put_away = weakref.finalize(self, _put_away, self.llm, self._folder)
         _running.add(id(self.llm))
@@ -80,9 +85,13 @@ class Launched:
 def _put_away(llm: Any, folder: TemporaryDirectory[str]) -> None:
     llm.llm_engine.engine_core.shutdown()
     _running.remove(id(llm))
+    _leave_groups()
+    folder.cleanup()
+
+
+def _leave_groups() -> None:
     if not _running:
         vllm_compat.leave_process_groups(torchs_own=_own_group)
-    folder.cleanup()
 
 
 def write_blank(policy: Any, processor: Processor, folder: Path) -> None:
