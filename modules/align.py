@@ -23,6 +23,7 @@ from prism_pl.chat import EXPERTS, parse
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
+from prism_pl.lora import whole_parameters
 from prism_pl.losses import soft_clip
 from prism_pl.mismatch import MismatchCorrection
 from prism_pl.optim import Schedule, check_finite, clip_gradients, lr_scheduler
@@ -170,7 +171,7 @@ class AdversarialAlignModule(LightningModule):
         with self.timer.phase("policy"):
             self._policy_step(batch)
         with self.timer.phase("sync"):
-            self.rollout.sync(self.policy.named_parameters())
+            self.rollout.sync(whole_parameters(self.policy))
         self._log_step(policy_loss, rollouts, scores, sequences)
         return self._output(batch, rollouts, scores, demonstration_scores, rewards_PG)
 

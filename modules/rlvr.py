@@ -20,6 +20,7 @@ from prism_pl.batch import Example, SequenceBatch
 from prism_pl.batch_draws import BatchDraws
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.groups import Group, GroupBuffer, groups_worth_training, make_groups, shuffled_minibatches
+from prism_pl.lora import whole_parameters
 from prism_pl.mismatch import MismatchCorrection
 from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.outputs import StepOutput
@@ -181,7 +182,7 @@ class RLVRModule(LightningModule):
             with self.timer.phase("policy"):
                 self._train(groups)
             with self.timer.phase("sync"):
-                self.rollout.sync(self.policy.named_parameters())
+                self.rollout.sync(whole_parameters(self.policy))
         self.log_dict(self.timer.pop() | self.rollout.metrics(), batch_size=1)
         return self._output(batch, rollouts, rewarded)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_pl.batch import SequenceBatch
+from prism_pl.lora import LoraSpec, add_lora, has_lora, whole_parameters
 from prism_pl.processor import Processor
 
 PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -28,6 +29,7 @@ class PolicySpec:
         attn_implementation: of the text layers: `sdpa`, `eager`, or a flash-attention implementation of transformers.
         gradient_checkpointing: recompute each layer in the backward pass (non-reentrant).
         max_pixels: images above this many pixels are scaled down; None keeps the processor's own limit.
+        lora: train low-rank adapters instead of the weights; None trains the weights. Exports hold merged weights.
     """
 
     path: str
@@ -35,6 +37,7 @@ class PolicySpec:
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
     max_pixels: int | None = None
+    lora: LoraSpec | None = None
 
     def processor(self) -> Processor:
         """The tokenizer and image processor at `path`."""
@@ -93,6 +96,8 @@ def build_policy(spec: PolicySpec, freeze: Sequence[str] = ()) -> Any:
     if spec.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     freeze_matching(policy, freeze)
+    if spec.lora is not None:
+        add_lora(policy, spec.lora)
     return policy.train()
 
 
@@ -246,7 +251,8 @@ def save_policy(
     Written to a temporary name beside it and renamed, so that a kill never leaves half an export.
     """
     temporary = fresh_temporary(folder)
-    weights = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in policy.state_dict().items()}
+    held = dict(whole_parameters(policy)) if has_lora(policy) else policy.state_dict()
+    weights = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in held.items()}
     policy.save_pretrained(temporary, state_dict=weights)
     set_dtype(temporary / "config.json", dtype)
     save_processor(processor, temporary)

@@ -1,5 +1,6 @@
 """Shared fixtures: a blank tiny policy with random weights, made in milliseconds, and examples with real pixels."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,19 @@ SYSTEM = "Write <caption>, <think>, <answer>."
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_vllm(monkeypatch):
+    """`AutoEngine` takes the transformers engine: starting vLLM takes longer than most tests."""
+    from prism_pl.rollout import vllm_compat
+
+    monkeypatch.setattr(vllm_compat, "import_vllm", partial(missing, "left out in this test"))
+
+
+def missing(reason: str) -> None:
+    """A library that cannot be imported."""
+    raise ImportError(reason)
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,9 @@ COMMANDS["evaluate"] = "test --config evaluate.yaml --data.num_test 4 --data.num
 STAGES = list(COMMANDS)
 
 
+pytestmark = pytest.mark.usefixtures("without_vllm")
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty current folder."""

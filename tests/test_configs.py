@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_pl.__main__ import main
+from prism_pl.rollout import vllm_compat
 from prism_pl.shipped import shipped_configs
+from tests.conftest import missing
 from tests.stubs import scalars
 
 ROOT = Path(__file__).parent.parent
@@ -47,13 +50,13 @@ class Optimiser(NamedTuple):
 # In the order in which the module configures them.
 OPTIMISERS = {
     "digits/pretrain": [Optimiser(1e-3, 0.01, (0.9, 0.98), "cosine", 0.05)],
-    "sft": [Optimiser(1e-3, 0.01, (0.9, 0.98), "cosine", 0.1)],
+    "sft": [Optimiser(2e-3, 0.01, (0.9, 0.98), "cosine", 0.1)],
     "warmup": [Optimiser(3e-4, 0.01, (0.9, 0.999), "cosine", 0.1)],
     "align": [
-        Optimiser(3e-5, 0.01, (0.9, 0.999), "constant", 0),
+        Optimiser(6e-5, 0.01, (0.9, 0.999), "constant", 0),
         Optimiser(1e-4, 0.01, (0.9, 0.999), "constant", 0),
     ],
-    "rlvr": [Optimiser(1.5e-4, 0.01, (0.9, 0.999), "cosine", 5)],
+    "rlvr": [Optimiser(2e-4, 0.01, (0.9, 0.999), "cosine", 5)],
     "digits/rlvr_dapo": [Optimiser(1e-4, 0.1, (0.9, 0.999), "constant", 10)],
     "digits/rlvr_gspo": [Optimiser(1e-4, 0.1, (0.9, 0.999), "constant", 0.05)],
 }
@@ -103,6 +106,8 @@ class Run(NamedTuple):
 
 
 RUNS: dict[str, Run] = {}
+# Where vLLM is installed; starting it takes longer than the two steps.
+WITH_VLLM = {"align", "evaluate"}
 
 
 def run_of(config: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -114,6 +119,8 @@ def run_of(config: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
         small = shlex.split(SMALLER.get(name, ""))
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+            if name not in WITH_VLLM:
+                patch.setattr(vllm_compat, "import_vllm", partial(missing, "left out in this test"))
             assert main([*command, *small, "--trainer.default_root_dir", str(folder)]) == 0
             assert not list(Path.cwd().iterdir()), "a run wrote outside its own folder"
         RUNS[name] = Run(name, folder, yaml.safe_load((folder / "config.yaml").read_text()))

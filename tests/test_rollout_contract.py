@@ -5,19 +5,21 @@ import re
 import pytest
 import torch
 
+from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rollout import Rollout
 from prism_pl.rollout.bucket import Bucket, cut
 from prism_pl.rollout.contract import (
     StreamDigest,
+    check_complete,
     check_loaded,
-    check_names,
+    check_name,
     check_prompt_ids,
     check_rank_draws,
     check_rank_seeds,
     check_received,
     draw_prints,
 )
-from prism_pl.rollout.vllm_sync import packed, unpacked
+from prism_pl.rollout.vllm_sync import WeightSender, packed, unpacked
 
 IMAGE = 9
 
@@ -87,11 +89,37 @@ def test_what_is_overwritten_between_sender_and_receiver_is_found_out():
 
 def test_names_are_compared_both_ways():
     expected = {"a": (2,), "b": (1, 1)}
-    check_names(dict(expected), expected)
-    with pytest.raises(ValueError, match=r"missing: \['b'\], unknown: \['x'\] \(1 and 1 in all\)"):
-        check_names({"a": (2,), "x": (1,)}, expected)
+    check_name("a", (2,), expected)
+    with pytest.raises(ValueError, match="a sync sends 'x', which the policy did not have"):
+        check_name("x", (1,), expected)
     with pytest.raises(ValueError, match=r"'a' has the shape \(3,\) in a sync, and \(2,\) before"):
-        check_names({"a": (3,), "b": (1, 1)}, expected)
+        check_name("a", (3,), expected)
+    check_complete({"a", "b"}, expected)
+    with pytest.raises(ValueError, match="1 are missing: b"):
+        check_complete({"a"}, expected)
+
+
+def test_a_sync_sends_each_parameter_in_its_shape(random_policy):
+    policy = build_policy(PolicySpec(random_policy))
+    named = list(policy.named_parameters())
+    loaded = []
+
+    def load(stream):
+        loaded.extend(stream)
+        return {name for name, _ in named}
+
+    for sent, message in (
+        (named[1:], "1 are missing: model.visual.patch_embed"),
+        ([*named, ("lm_head.weight", named[0][1])], "sends 'lm_head.weight', which the policy did not have"),
+        ([(named[0][0], named[0][1][:1]), *named[1:]], "has the shape"),
+    ):
+        sender = WeightSender(policy)
+        with pytest.raises(ValueError, match=message):
+            sender._transfer(sender._checked(sent), load)
+    loaded.clear()
+    sender._transfer(sender._checked(named), load)
+    assert [name for name, _ in loaded] == [name for name, _ in named]
+    assert all(torch.equal(tensor, parameter) for (_, tensor), (_, parameter) in zip(loaded, named, strict=True))
 
 
 def test_a_parameter_that_was_not_loaded_is_named():

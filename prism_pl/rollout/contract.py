@@ -80,21 +80,29 @@ def check_received(sent: StreamDigest, received: StreamDigest) -> None:
         )
 
 
-def check_names(sent: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError where a sync does not send the policy's parameters: nothing missing, nothing unknown.
+def check_name(name: str, shape: tuple[int, ...], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError where a sync sends a parameter that the policy did not have, or had in another shape.
 
     Args:
-        sent, expected: shapes by name, of this sync and of the policy that the engine was started with.
+        expected: shapes by name, of the policy that the engine was started with.
     """
-    missing, unknown = sorted(expected.keys() - sent.keys()), sorted(sent.keys() - expected.keys())
-    if missing or unknown:
+    if name not in expected:
         raise ValueError(
-            f"rollout contract: a sync must send every parameter of the policy once; missing: {missing[:3]}, unknown: "
-            f"{unknown[:3]} ({len(missing)} and {len(unknown)} in all)"
+            f"rollout contract: a sync sends {name!r}, which the policy did not have when the engine was started: send "
+            "its parameters under the same names, each once"
         )
-    for name, shape in sent.items():
-        if shape != expected[name]:
-            raise ValueError(f"rollout contract: {name!r} has the shape {shape} in a sync, and {expected[name]} before")
+    if shape != expected[name]:
+        raise ValueError(f"rollout contract: {name!r} has the shape {shape} in a sync, and {expected[name]} before")
+
+
+def check_complete(sent: set[str], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError where a sync left out a parameter of the policy."""
+    missing = sorted(expected.keys() - sent)
+    if missing:
+        raise ValueError(
+            f"rollout contract: a sync must send every parameter of the policy; {len(missing)} are missing: "
+            f"{', '.join(missing[:3])}"
+        )
 
 
 def check_loaded(loaded: set[str], parameters: set[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prism_pl.batch import Example
 from prism_pl.errors import EngineStopped
+from prism_pl.lora import whole_parameters
 from prism_pl.optim import check_finite
 from prism_pl.processor import Processor, open_image
 from prism_pl.rollout import vllm_compat
@@ -95,7 +96,7 @@ class VLLMEngine:
         """
         if self.stale:
             # A strategy may restore a checkpoint after the start.
-            self._load(self.policy.named_parameters())
+            self._load(whole_parameters(self.policy))
         self.wake()
         rollouts = self._generate(examples, num_samples, sampling, on_group)
         self.probe.remember(examples)
@@ -233,7 +234,11 @@ class VLLMEngine:
         llm = self._llm
         if self.asleep:
             llm.wake_up(tags=["weights"])
-        self.sender.send(llm, named_parameters, self.on_cpu)
+        try:
+            self.sender.send(llm, named_parameters, self.on_cpu)
+        except Exception as error:
+            self.dead = f"a weight sync broke off and left it between two policies ({error})"
+            raise
         if self.asleep:
             llm.wake_up(tags=["kv_cache"])
             self.asleep = False
@@ -267,7 +272,7 @@ class VLLMEngine:
     def wake(self) -> None:
         """Wake up with the policy's weights as they are now. Nothing where the engine is awake."""
         if self.asleep:
-            self._load(self.policy.named_parameters())
+            self._load(whole_parameters(self.policy))
 
     def _note_memory(self, when: str) -> None:
         """GPU memory in use, by everything on this GPU, in GiB."""

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism_pl.lora import whole_parameters
 from prism_pl.rollout import vllm_compat
 from prism_pl.rollout.bucket import Bucket, Named, cut
-from prism_pl.rollout.contract import StreamDigest, check_loaded, check_names, check_received
+from prism_pl.rollout.contract import StreamDigest, check_complete, check_loaded, check_name, check_received
 
 Gather = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
 
@@ -53,7 +54,7 @@ class WeightSender:
 
     def __init__(self, policy: Any, max_bytes: int = 1 << 30) -> None:
         self.max_bytes = max_bytes
-        self.expected = {name: tuple(p.shape) for name, p in policy.named_parameters()}
+        self.expected = {name: tuple(p.shape) for name, p in whole_parameters(policy)}
         self.held: set[str] = set()
         self.dtype = torch.float32
         if policy.config.tie_word_embeddings and "lm_head.weight" in self.expected:
@@ -67,15 +68,22 @@ class WeightSender:
         """Load every parameter into a model that vLLM has just made. ValueErrors as in `send`."""
         self.dtype = next(model.parameters()).dtype
         self.held = {name for name, _ in model.named_parameters()}
-        self._transfer(policy.named_parameters(), model.load_weights)
+        self._transfer(whole_parameters(policy), model.load_weights)
 
     @torch.no_grad()
     def send(self, llm: Any, named_parameters: Iterable[Named], on_cpu: bool) -> None:
         """Load every parameter into a running engine. ValueError where one is missing, unknown, left out or altered."""
-        named = list(named_parameters)
-        check_names({name: tuple(p.shape) for name, p in named}, self.expected)
         load = partial(vllm_compat.load_weights, on_cpu=on_cpu)
-        self._transfer(named, lambda stream: llm.collective_rpc(load, args=(stream,))[0])
+        self._transfer(self._checked(named_parameters), lambda stream: llm.collective_rpc(load, args=(stream,))[0])
+
+    def _checked(self, named: Iterable[Named]) -> Iterator[Named]:
+        """The stream as it is. It is not gathered first: merged or sharded weights exist one after the other."""
+        sent: set[str] = set()
+        for name, tensor in named:
+            check_name(name, tuple(tensor.shape), self.expected)
+            sent.add(name)
+            yield name, tensor
+        check_complete(sent, self.expected)
 
     def _transfer(self, named: Iterable[Named], load: Callable[[Iterator[Named]], set[str]]) -> None:
         sent, received = StreamDigest(), StreamDigest()
