@@ -10,7 +10,7 @@ from prism_pl.lora import LoraSpec, whole_parameters
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from tests.conftest import make_examples
 
-LORA = LoraSpec(rank=2, alpha=4.0)
+LORA = LoraSpec(rank=2, alpha=4)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_whole_parameters_are_the_policy_with_its_adapters(policy, batch, random
     merged = dict(whole_parameters(policy))
     assert merged.keys() == dict(plain.named_parameters()).keys()
     layer = policy.model.language_model.layers[0].mlp.up_proj
-    by_hand = layer.base_layer.weight + 4.0 / 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    by_hand = layer.base_layer.weight + 4 / 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     torch.testing.assert_close(merged["model.language_model.layers.0.mlp.up_proj.weight"], by_hand)
     plain.load_state_dict(merged, strict=False)
     torch.testing.assert_close(token_logps(plain, batch).logps_BT, token_logps(policy, batch).logps_BT)
