@@ -61,8 +61,8 @@ setup(
         "rich",
     ],
     extras_require={
-        "dev": ["pytest", "ruff", "pyright[nodejs]", "peft"],
-        "lora": ["peft"],
+        "dev": ["pytest", "ruff", "pyright[nodejs]", "peft>=0.21,<0.22"],
+        "lora": ["peft>=0.21,<0.22"],
         # Both are the package `vllm` and pin torch 2.13.0: for machines with an NVIDIA GPU and for those without, the
         # latter with torch's CPU build alone. Elsewhere `prism_pl.rollout.AutoEngine` takes the transformers engine.
         "vllm": ["vllm==0.32.0; sys_platform == 'linux'"],

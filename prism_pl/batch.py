@@ -6,6 +6,7 @@ T response tokens, I images, N patches, V vocabulary. A suffix names a tensor's 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,19 @@ class SequenceBatch:
             ids=[self.ids[row] for row in rows.tolist()],
         )
 
+    def groups(self) -> list[list[int]]:
+        """Rows that follow each other and look at the same images; rows without an image stand alone."""
+        runs = self._image_runs()
+        image_of = self.image_of.tolist()
+        seen = [image_of[start:stop] for start, stop in pairwise(runs)]
+        groups: list[list[int]] = []
+        for row, images in enumerate(seen):
+            if groups and images and images == seen[row - 1]:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return groups
+
     def _image_runs(self) -> list[int]:
         """For each sequence, how many image runs stand before it; one entry more for the end."""
         return [0, *torch.tensor(self.images_per_row).cumsum(0).tolist()]
@@ -121,20 +135,30 @@ class SequenceBatch:
 
 def micro_batches(batch: SequenceBatch, max_tokens: int | None) -> Iterator[tuple[Tensor, SequenceBatch]]:
     """Cut a batch along B into pieces whose padded size stays within `max_tokens` (a single longer sequence stands
-    alone), sequences of like length together, shortest first. None does not cut. Every piece comes with the indices of
-    the rows it holds."""
+    alone). None does not cut. Every piece comes with the indices of the rows it holds.
+
+    Groups of like length stand together, longest first: less padding, and the piece that needs the most memory comes
+    before memory is in pieces. A group (neighbours over the same images, such as a prompt's rollouts) is not scattered:
+    every piece encodes its images anew.
+    """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"micro_batch_tokens is {max_tokens}: give at least 1, or null for the whole batch at once")
-    lengths, order = batch.lengths_B.cpu().sort(stable=True)
-    if max_tokens is None or len(batch) * int(lengths[-1]) <= max_tokens:
+    lengths = batch.lengths_B.tolist()
+    if max_tokens is None or len(batch) * max(lengths) <= max_tokens:
         yield torch.arange(len(batch)), batch
         return
-    start = 0
-    for row, length in enumerate(lengths.tolist()):
-        if row > start and length * (row - start + 1) > max_tokens:
-            yield order[start:row], batch.select(order[start:row])
-            start = row
-    yield order[start:], batch.select(order[start:])
+    groups = batch.groups()
+    groups.sort(key=lambda rows: -max(lengths[row] for row in rows))
+    order = [row for rows in groups for row in sorted(rows, key=lambda row: -lengths[row])]
+    piece: list[int] = []
+    longest = 0
+    for row in order:
+        longest = max(longest, lengths[row])
+        if piece and longest * (len(piece) + 1) > max_tokens:
+            yield torch.tensor(piece), batch.select(torch.tensor(piece))
+            piece, longest = [], lengths[row]
+        piece.append(row)
+    yield torch.tensor(piece), batch.select(torch.tensor(piece))
 
 
 def in_order(rows: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:

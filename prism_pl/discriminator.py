@@ -114,20 +114,21 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
     from lightning.fabric.utilities import move_data_to_device
 
     batch = move_data_to_device(batch, next(discriminator.parameters()).device)
-    pieces = list(micro_batches(batch.sequences, micro_batch_tokens))
+    order: list[Tensor] = []
     parts: list[RowScores] = []
-    for rows, piece in pieces:
+    for rows, piece in micro_batches(batch.sequences, micro_batch_tokens):
         expert_N = batch.expert_N[rows]
-        if len(pieces) > 1 and torch.is_grad_enabled():
+        if len(rows) < len(batch.expert_N) and torch.is_grad_enabled():
             parts.append(RowScores(*checkpoint(discriminator, piece, expert_N, use_reentrant=False)))
         else:
             parts.append(discriminator(piece, expert_N))
+        order.append(rows)
     share = torch.tensor([len(part.scores_N) / len(batch.expert_N) for part in parts])
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         return (torch.stack(list(values)) * share.to(values[0].device)).sum()
 
-    scores_N = in_order([rows for rows, _ in pieces], [part.scores_N for part in parts])
+    scores_N = in_order(order, [part.scores_N for part in parts])
     by_expert = {}
     for expert, row_B in batch.row_of.items():
         scores_B = scores_N[row_B.clamp_min(0)]

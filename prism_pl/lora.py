@@ -1,8 +1,10 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) by peft, inside the policy: training sees adapters, everyone else whole
 weights under their Hugging Face names."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -16,24 +18,24 @@ ADAPTER = "default"
 class LoraSpec:
     """Which layers get adapters, and how large. Everything else in the policy stays as it is.
 
+    There is no dropout: the trainer's log-probabilities would not be those of the policy that was sampled from.
+
     Attributes:
         rank: of the update to each weight.
         alpha: the update is scaled by alpha / rank.
-        dropout: before each adapter, in training.
         targets: a regular expression that the whole name of a layer matches; by default every linear layer of the text
             model.
     """
 
     rank: int = 16
     alpha: int = 32
-    dropout: float = 0.0
     targets: str = TEXT_LINEARS
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"policy.lora.rank is {self.rank}: give at least 1, or lora: null for full training")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"policy.lora.dropout is {self.dropout}: give 0 up to below 1")
+        if self.alpha < 1:
+            raise ValueError(f"policy.lora.alpha is {self.alpha}: updates are scaled by alpha / rank, give at least 1")
 
 
 def add_lora(policy: Any, spec: LoraSpec) -> None:
@@ -45,9 +47,14 @@ def add_lora(policy: Any, spec: LoraSpec) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError(f"policy.lora needs peft ({error}): pip install peft, or set lora: null") from None
-    config = LoraConfig(
-        r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=spec.targets, bias="none"
-    )
+    for layer in (policy.get_input_embeddings(), policy.get_output_embeddings()):
+        name = next(name for name, module in policy.named_modules() if module is layer)
+        if re.fullmatch(spec.targets, name):
+            raise ValueError(
+                f"policy.lora.targets {spec.targets!r} matches {name}: embeddings and head may share their weights, "
+                "which an adapter would part; match linear layers inside the model"
+            )
+    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=spec.targets, bias="none")
     try:
         inject_adapter_in_model(config, policy, ADAPTER)
     except ValueError as error:
@@ -56,9 +63,17 @@ def add_lora(policy: Any, spec: LoraSpec) -> None:
         raise ValueError(f"policy.lora.targets {spec.targets!r} matches no layer of the policy") from None
 
 
+def freeze_adapters(policy: Any, patterns: Sequence[str]) -> None:
+    """Turn off the adapters of weights whose names match a pattern."""
+    for name, parameter in policy.named_parameters():
+        owner, found, _ = name.partition(".lora_")
+        if found and any(fnmatch(f"{owner}.weight", pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
 def has_lora(policy: Any) -> bool:
     """Whether a policy holds adapters."""
-    return any(".lora_A." in name for name, _ in policy.named_parameters())
+    return any(".lora_" in name for name, _ in policy.named_parameters())
 
 
 @torch.no_grad()
@@ -72,6 +87,9 @@ def whole_parameters(policy: Any) -> Iterator[tuple[str, Tensor]]:
         if not base:
             yield name, parameter
         elif leaf == "weight":
-            yield f"{owner}.weight", parameter + policy.get_submodule(owner).get_delta_weight(ADAPTER)
+            # In float32 also under bf16 autocast, so that an engine is sent what an export holds.
+            with torch.autocast(parameter.device.type, enabled=False):
+                merged = parameter + policy.get_submodule(owner).get_delta_weight(ADAPTER)
+            yield f"{owner}.weight", merged
         else:
             yield f"{owner}.{leaf}", parameter

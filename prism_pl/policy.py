@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_pl.batch import SequenceBatch
-from prism_pl.lora import LoraSpec, add_lora, has_lora, whole_parameters
+from prism_pl.lora import LoraSpec, add_lora, freeze_adapters, has_lora, whole_parameters
 from prism_pl.processor import Processor
 
 PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -98,6 +98,7 @@ def build_policy(spec: PolicySpec, freeze: Sequence[str] = ()) -> Any:
     freeze_matching(policy, freeze)
     if spec.lora is not None:
         add_lora(policy, spec.lora)
+        freeze_adapters(policy, freeze)
     return policy.train()
 
 

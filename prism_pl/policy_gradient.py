@@ -16,8 +16,8 @@ B sequences, T response tokens. Common arguments:
 
 Each returns the loss and metrics over this call's tokens, NaN where there are none: `clip_fraction` =
 `clip_fraction_low` + `clip_fraction_high` (share of tokens on which the clip acts: A < 0 below, A > 0 above),
-`dual_clip_fraction`, `ratio_mean|min|max|p05|p95`, `approx_kl` (k3 estimate of KL(old || new), nats a token),
-`num_tokens`.
+`dual_clip_fraction`, `ratio_mean|min|max|p05|p95` (no interpolation), `approx_kl` (k3 estimate of KL(old || new), nats
+a token), `num_tokens`.
 
 A log-ratio is bounded to +-20 before the exponential (verl does the same): e^89 is infinite in float32, and its product
 with the zero gradient of a clipped token would be NaN. A token beyond it has no gradient; in

@@ -30,7 +30,7 @@ FOLDER_VARIABLE = "PRISM_RUN_FOLDER"
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep `checkpoints/last.ckpt` at most `every_n_steps` steps old, and exact at the end.
+    """Keep `checkpoints/last.ckpt` at most `every_n_steps` steps old, or a quarter of the run, and exact at the end.
 
     Lightning's ModelCheckpoint keeps the best and leaves `last.ckpt` where its own cadence last fell; this one serves
     going on only. It does not save when a run breaks: the state may be half-way through a step.
@@ -50,7 +50,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step - self._saved_at >= self.every_n_steps:
+        # A short run is saved four times, so that a break never costs more than a quarter of it.
+        quarter = trainer.max_steps // 4 if trainer.max_steps > 0 else self.every_n_steps
+        if trainer.global_step - self._saved_at >= max(1, min(self.every_n_steps, quarter)):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

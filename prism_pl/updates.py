@@ -74,8 +74,8 @@ class Numerics:
     @torch.no_grad()
     def all_logps(self, policy: Any, batch: SequenceBatch) -> Tensor:
         """`logps_BT` of a whole batch, piece by piece, without gradient."""
-        pieces = list(micro_batches(batch, self.micro_batch_tokens))
-        return in_order([rows for rows, _ in pieces], [self.logps(policy, piece)[0] for _, piece in pieces])
+        parts = [(rows, self.logps(policy, piece)[0]) for rows, piece in micro_batches(batch, self.micro_batch_tokens)]
+        return in_order([rows for rows, _ in parts], [logps_BT for _, logps_BT in parts])
 
 
 def policy_backward(

@@ -9,10 +9,13 @@ they are imported once, and every command runs in a fork of this process.
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,6 +24,7 @@ EVALUATE = "--model.sampling.temperature 1.0 --model.num_samples 4 --model.pass_
 
 def commands(runs: str) -> list[str]:
     """What the demo runs, in order."""
+    runs = shlex.quote(runs)
     stages = [
         f"fit --config configs/sft.yaml --trainer.default_root_dir {runs}/sft",
         f"fit --config configs/warmup.yaml --trainer.default_root_dir {runs}/warmup "
@@ -48,24 +52,31 @@ def run(command: str) -> int:
     print(f"\n$ python -m prism_pl {command}", flush=True)
     start = time.monotonic()
     args = shlex.split(command)
+    # Ctrl+C is the command's: it says how to go on, and this process ends with it.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A process that has spoken to a GPU cannot be forked.
-    code = in_a_fork(args) if torch.version.cuda is None else subprocess.call([sys.executable, "-m", "prism_pl", *args])
+    code = in_a_fork(args, before) if torch.version.cuda is None else in_a_process(args, before)
+    signal.signal(signal.SIGINT, before)
     print(f"{time.monotonic() - start:.0f} s", flush=True)
     return code
 
 
-def in_a_fork(args: list[str]) -> int:
+def in_a_fork(args: list[str], on_interrupt: Any) -> int:
     """What `python -m prism_pl ARGS` does, with everything imported already."""
     child = os.fork()
     if child == 0:
         from prism_pl.__main__ import main
 
+        signal.signal(signal.SIGINT, on_interrupt)
         sys.argv = ["prism_pl", *args]
-        code = main()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        sys.exit(main())
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_a_process(args: list[str], on_interrupt: Any) -> int:
+    """The same in a process that imports everything anew."""
+    restore = partial(signal.signal, signal.SIGINT, on_interrupt)
+    return subprocess.call([sys.executable, "-m", "prism_pl", *args], preexec_fn=restore)
 
 
 def load() -> None:
@@ -73,7 +84,7 @@ def load() -> None:
     import prism_pl.cli  # noqa: F401
     from prism_pl.rollout.vllm_compat import import_vllm
 
-    with contextlib.suppress(ImportError, OSError):
+    with contextlib.suppress(Exception):  # the command that needs it says what is wrong
         import_vllm().LLM  # noqa: B018  (imported where it is named)
 
 

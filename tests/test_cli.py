@@ -318,9 +318,12 @@ def test_failed_run_leaves_the_last_checkpoint(folder, capsys):
 
 
 def test_ctrl_c_says_how_to_go_on(folder, capsys):
-    command = ["fit", "--config", "dummy.yaml", "--model.init_args.interrupt_at", "1"]
-    assert main(command) == 130
+    command = ["fit", "--config", "dummy.yaml", "--model.init_args.interrupt_at"]
+    assert main([*command, "0"]) == 130
     assert capsys.readouterr().err.strip().splitlines()[-1] == "Stopped before the first checkpoint was written."
+    assert main([*command, "1", "--fresh"]) == 130  # a short run is saved four times: one of two steps, each time
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "Stopped. The same command goes on from runs/dummy-2/checkpoints/last.ckpt."
 
 
 class Planted:

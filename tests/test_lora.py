@@ -68,8 +68,27 @@ def test_an_export_is_a_whole_policy(policy, batch, random_policy, tmp_path):
 def test_what_cannot_be_is_named(random_policy):
     with pytest.raises(ValueError, match=r"policy\.lora\.targets 'no_such_layer' matches no layer"):
         build_policy(PolicySpec(random_policy, lora=LoraSpec(targets="no_such_layer")))
-    with pytest.raises(ValueError, match=r"policy\.lora\.rank is 0"):
-        LoraSpec(rank=0)
+    for options, message in (({"rank": 0}, r"policy\.lora\.rank is 0"), ({"alpha": 0}, r"policy\.lora\.alpha is 0")):
+        with pytest.raises(ValueError, match=message):
+            LoraSpec(**options)
+    for shared in ("lm_head", r".*embed_tokens"):
+        with pytest.raises(ValueError, match="embeddings and head may share their weights"):
+            build_policy(PolicySpec(random_policy, lora=LoraSpec(targets=shared)))
+
+
+def test_frozen_layers_get_frozen_adapters(random_policy):
+    policy = build_policy(PolicySpec(random_policy, lora=LORA), ["model.language_model.layers.0.*"])
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert not any(".layers.0." in name for name in trained)
+
+
+@torch.no_grad()
+def test_merged_weights_are_float32_under_autocast(policy):
+    train_adapters(policy)
+    plain = dict(whole_parameters(policy))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(tensor, plain[name]) for name, tensor in whole_parameters(policy))
 
 
 def test_a_run_with_adapters_syncs_merged_weights(random_policy, tmp_path):

@@ -51,3 +51,5 @@ def test_rewards_of_groups_are_joined_in_order():
     whole = RewardOutput.joined(parts)
     assert whole.rewards_B.tolist() == [1.0, 1.5, 2.0, 2.5]
     assert whole.parts["accuracy"].tolist() == [0.0, 1.0, 0.0, 2.0]
+    with pytest.raises(ValueError, match=r"the parts \['accuracy'\] for one prompt and \[\] for another"):
+        RewardOutput.joined([parts[0], RewardOutput(torch.zeros(2))])

@@ -72,28 +72,37 @@ def test_a_bucket_gives_back_what_was_packed(dtype):
         torch.testing.assert_close(view, tensor.to(dtype), rtol=0, atol=0)
 
 
-def test_what_is_overwritten_between_sender_and_receiver_is_found_out():
-    sent, received = StreamDigest(), StreamDigest()
+def test_what_is_overwritten_on_its_way_is_found_out():
     named = [(str(i), torch.ones(4)) for i in range(3)]
-    for name, tensor in unpacked(packed(named, torch.float32, 32, sent), received):
-        if name == "0":
-            tensor[0] = 2.0  # after its bucket was received: what the engine does with it is its own affair
-    check_received(sent, received)
-    spoiled = StreamDigest()
-    for bucket in packed(named, torch.float32, 32, sent := StreamDigest()):
-        bucket.flat[1] = 7.0
-        spoiled.add(bucket)
-    with pytest.raises(ValueError, match="from '0' to '1' reached the engine with other values"):
-        check_received(sent, spoiled)
+    for spoil, found in ((False, False), (True, True)):
+        sent, received = StreamDigest(), StreamDigest()
+        for name, tensor in unpacked(packed(named, torch.float32, 32, sent), received):
+            if spoil and name == "1":
+                tensor[0] = 2.0
+        if not found:
+            check_received(sent, received)
+            continue
+        with pytest.raises(ValueError, match="from '0' to '1' reached the engine with other values"):
+            check_received(sent, received)
+
+
+def test_values_that_changed_places_are_found_out():
+    values = torch.randn(64, 128)
+    whole = Bucket.pack([("a", values)], torch.float32).bits()
+    for other in (values.flip(0), values.flip(1), values.T.reshape(64, 128), values.roll(2)):
+        assert Bucket.pack([("a", other)], torch.float32).bits() != whole
+    assert Bucket.pack([("a", values.clone())], torch.float32).bits() == whole
 
 
 def test_names_are_compared_both_ways():
     expected = {"a": (2,), "b": (1, 1)}
-    check_name("a", (2,), expected)
+    check_name("a", (2,), expected, set())
     with pytest.raises(ValueError, match="a sync sends 'x', which the policy did not have"):
-        check_name("x", (1,), expected)
+        check_name("x", (1,), expected, set())
     with pytest.raises(ValueError, match=r"'a' has the shape \(3,\) in a sync, and \(2,\) before"):
-        check_name("a", (3,), expected)
+        check_name("a", (3,), expected, set())
+    with pytest.raises(ValueError, match="a sync sends 'a' twice"):
+        check_name("a", (2,), expected, {"a"})
     check_complete({"a", "b"}, expected)
     with pytest.raises(ValueError, match="1 are missing: b"):
         check_complete({"a"}, expected)

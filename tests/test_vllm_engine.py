@@ -11,6 +11,7 @@ import torch
 from datamodules.digits import DigitsDataModule
 from prism_pl.errors import EngineStopped
 from prism_pl.logprobs import token_logps
+from prism_pl.lora import LoraSpec, whole_parameters
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rollout import AutoEngine, RolloutEngine, Sampling, TransformersEngine, VLLMEngine, rollout_batch
 from prism_pl.rollout.vllm_compat import import_vllm, version_of
@@ -255,6 +256,24 @@ def test_a_sleeping_engine_wakes_with_the_weights_of_now(engine, policy, process
     check_greedy_parity(engine, policy, processor, examples)  # woken by the call itself
     engine.wake()
     assert not engine.asleep
+
+
+def test_a_sync_sends_adapters_merged(spec, processor, examples):
+    policy = build_policy(replace(spec, lora=LoraSpec(rank=2)))
+    engine = VLLMEngine()
+    engine.start(policy, processor, rank=0)
+    engine.generate(examples, 1, GREEDY)
+    shake(policy, [".lora_A."])
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.05)
+    base = {name.replace(".base_layer", ""): p for name, p in policy.named_parameters() if ".lora_" not in name}
+    with pytest.raises(ValueError, match="rollout contract: after a sync the engine's log-probabilities are"):
+        engine.sync(base.items())
+    engine.sync(whole_parameters(policy))
+    check_greedy_parity(engine, policy, processor, examples)
+    engine.close()
 
 
 def test_an_engine_between_two_policies_is_not_used_again(engine, policy, processor, examples):

@@ -30,7 +30,13 @@ class RewardOutput:
 
     @classmethod
     def joined(cls, outputs: Sequence["RewardOutput"]) -> "RewardOutput":
-        """The rewards of several groups as those of one batch. All have the same parts."""
+        """The rewards of several groups as those of one batch. ValueError where they have not the same parts."""
+        for output in outputs:
+            if output.parts.keys() != outputs[0].parts.keys():
+                raise ValueError(
+                    f"a reward gave the parts {sorted(outputs[0].parts)} for one prompt and {sorted(output.parts)} for "
+                    "another: give every part each time, NaN where it says nothing"
+                )
         parts = {name: torch.cat([output.parts[name] for output in outputs]) for name in outputs[0].parts}
         return cls(torch.cat([output.rewards_B for output in outputs]), parts)
 
@@ -38,7 +44,8 @@ class RewardOutput:
 class Reward(Protocol):
     """Scores whole responses, each against its own example (so an example stands once for each of its rollouts).
 
-    In training it is called for one prompt's rollouts at a time, from a thread beside the rollout engine.
+    In training it is called for one prompt's rollouts at a time, in a thread beside the rollout engine. One that draws
+    random numbers needs a generator of its own: the global ones are the engine's meanwhile.
     """
 
     def __call__(self, responses: list[str], examples: list[Example]) -> RewardOutput: ...

@@ -38,7 +38,8 @@ class AutoEngine:
     def _choose(self) -> RolloutEngine:
         try:
             vllm = vllm_compat.import_vllm()
-        except (ImportError, OSError) as error:  # not installed, or its libraries do not load
+            vllm.LLM  # noqa: B018  (imported where it is named)
+        except (ImportError, OSError, RuntimeError) as error:  # not installed, or its libraries do not load
             rank_zero_info(f"Rollouts by transformers' generate: vLLM cannot be imported ({error}).")
             return self.fallback
         rank_zero_info(f"Rollouts by vLLM {vllm.__version__}.")

@@ -15,6 +15,7 @@ from torch import Tensor
 Named = tuple[str, Tensor]
 
 _WORD = 8  # bytes that a checksum takes at once
+_COLUMNS = 1021  # a prime: rows of a weight do not fall into step with it
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,13 @@ class Bucket:
         return zlib.crc32(repr((self.names, self.shapes, self.flat.dtype)).encode())
 
     def bits(self) -> Tensor:
-        """A checksum of the values; it stays on the device until it is read."""
-        return self.flat.view(torch.int64).sum()
+        """A checksum of the values; it stays on the device until it is read. Words are summed by columns, and the
+        columns weighted, so that values that changed places show too."""
+        words = self.flat.view(torch.int64)
+        whole = len(words) // _COLUMNS * _COLUMNS
+        columns = words[:whole].view(-1, _COLUMNS).sum(0)
+        columns[: len(words) - whole] += words[whole:] * 3
+        return (columns * torch.arange(1, 2 * _COLUMNS, 2, device=words.device)).sum()
 
 
 def cut(named: Iterable[Named], max_numel: int) -> Iterator[list[Named]]:
@@ -62,11 +68,11 @@ def cut(named: Iterable[Named], max_numel: int) -> Iterator[list[Named]]:
     part: list[Named] = []
     size = 0
     for name, tensor in named:
-        if part and size + tensor.numel() > max_numel:
+        if part and size + _numel(tensor) > max_numel:
             yield part
             part, size = [], 0
         part.append((name, tensor))
-        size += tensor.numel()
+        size += _numel(tensor)
     if part:
         yield part
 
@@ -74,3 +80,8 @@ def cut(named: Iterable[Named], max_numel: int) -> Iterator[list[Named]]:
 def _room(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     words = _WORD // dtype.itemsize
     return -(-math.prod(shape) // words) * words
+
+
+def _numel(tensor: Tensor) -> int:
+    """Also of a tensor that ZeRO-3 has sharded away: DeepSpeed notes its whole size."""
+    return getattr(tensor, "ds_numel", tensor.numel())

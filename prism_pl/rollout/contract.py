@@ -80,19 +80,22 @@ def check_received(sent: StreamDigest, received: StreamDigest) -> None:
         )
 
 
-def check_name(name: str, shape: tuple[int, ...], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError where a sync sends a parameter that the policy did not have, or had in another shape.
+def check_name(name: str, shape: tuple[int, ...], expected: Mapping[str, tuple[int, ...]], sent: set[str]) -> None:
+    """ValueError where a sync sends a parameter that the policy did not have, or had in another shape, or twice.
 
     Args:
         expected: shapes by name, of the policy that the engine was started with.
+        sent: the names so far.
     """
     if name not in expected:
         raise ValueError(
             f"rollout contract: a sync sends {name!r}, which the policy did not have when the engine was started: send "
-            "its parameters under the same names, each once"
+            "its parameters under the same names"
         )
     if shape != expected[name]:
         raise ValueError(f"rollout contract: {name!r} has the shape {shape} in a sync, and {expected[name]} before")
+    if name in sent:
+        raise ValueError(f"rollout contract: a sync sends {name!r} twice: send each parameter once")
 
 
 def check_complete(sent: set[str], expected: Mapping[str, tuple[int, ...]]) -> None:

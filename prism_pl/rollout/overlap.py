@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from prism_pl.rollout.engine import Rollout
 
@@ -23,7 +26,9 @@ class Overlap(Generic[Result]):
 
     def __init__(self, work: Callable[[int, list[Rollout]], Result]) -> None:
         self.work = work
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="overlap")
+        # A thread begins on the first GPU, whichever is this process's.
+        here = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="overlap", initializer=here)
         self.futures: dict[int, Future[Result]] = {}
 
     def submit(self, p: int, rollouts: list[Rollout]) -> None:

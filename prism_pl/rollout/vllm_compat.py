@@ -125,7 +125,7 @@ def load_weights(worker: Any, stream: Iterable[tuple[str, Tensor]], on_cpu: bool
 def watching(llm: Any, finished: Callable[[int, Any], None]) -> Iterator[None]:
     """Meanwhile, tell each output of `llm.generate` when it is finished, with its number in the call."""
     engine, first = llm.llm_engine, llm.request_counter.counter
-    step = engine.step
+    step, replaced = engine.step, "step" in vars(engine)
 
     def watched() -> Any:
         outputs = step()
@@ -138,7 +138,9 @@ def watching(llm: Any, finished: Callable[[int, Any], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        engine.step = step
+        del engine.step
+        if replaced:
+            engine.step = step
 
 
 def keep_process_groups() -> None:

@@ -117,9 +117,10 @@ class VLLMEngine:
         groups: dict[int, list[Rollout]] = {}
 
         def finished(p: int, output: Any) -> None:
+            # Checked by every rank of the engine: all stop, or none.
+            group = self._group(everyones[p].id, prompts[p][1], output)
             if p not in mine:
                 return
-            group = self._group(everyones[p].id, prompts[p][1], output)
             groups[p] = group * num_samples if greedy else group
             if on_group is not None:
                 on_group(p - mine.start, groups[p])

@@ -38,10 +38,11 @@ def packed(
 
 
 def unpacked(buckets: Iterable[Bucket], received: StreamDigest) -> Iterator[Named]:
-    """The tensors of buckets, one after the other; `received` adds up what arrives."""
+    """The tensors of buckets, one after the other. `received` adds a bucket up when all of it has been taken: what was
+    overwritten in the meantime shows. How a value was cast or is kept inside the engine shows in the probe."""
     for bucket in buckets:
-        received.add(bucket)
         yield from bucket.named()
+        received.add(bucket)
 
 
 class WeightSender:
@@ -80,7 +81,7 @@ class WeightSender:
         """The stream as it is. It is not gathered first: merged or sharded weights exist one after the other."""
         sent: set[str] = set()
         for name, tensor in named:
-            check_name(name, tuple(tensor.shape), self.expected)
+            check_name(name, tuple(tensor.shape), self.expected, sent)
             sent.add(name)
             yield name, tensor
         check_complete(sent, self.expected)
