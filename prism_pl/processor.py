@@ -94,10 +94,7 @@ class Processor:
 
     def prompt_text(self, example: Example) -> str:
         """The chat text of an example's prompt, with one placeholder an image."""
-        content: list[dict[str, str]] = [{"type": "image"} for _ in example.images]
-        content.append({"type": "text", "text": example.question})
-        system = SYSTEM_PROMPT if example.system is None else example.system
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        messages = chat_messages(example, [{"type": "image"} for _ in example.images])
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def prompt_ids(self, text: str, images: Sequence["Image"]) -> list[int]:
@@ -189,6 +186,17 @@ class Processor:
             images_per_row=[counts[p] for p in prompt_of],
             ids=[row.id for row in rows],
         )
+
+
+def chat_messages(example: Example, images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of an example's prompt: system prompt, images and question.
+
+    Args:
+        images: the content part that stands for each image, as whoever reads the messages wants it.
+    """
+    system = SYSTEM_PROMPT if example.system is None else example.system
+    content = [*images, {"type": "text", "text": example.question}]
+    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
 def _positions(prompt: Prompt, num_response: int) -> Tensor:

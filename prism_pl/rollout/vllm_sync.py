@@ -43,6 +43,17 @@ def unpacked(buckets: Iterable[Bucket], received: StreamDigest) -> Iterator[Name
         yield from bucket.named()
 
 
+def shapes_to_send(policy: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, as every sync must send them. ValueError where vLLM would not take them for what they are."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
+    if policy.config.tie_word_embeddings and "lm_head.weight" in shapes:
+        raise ValueError(
+            "the policy's config says tie_word_embeddings, but its lm_head has weights of its own: vLLM would take "
+            "the embeddings for the head. Set tie_word_embeddings: false in config.json"
+        )
+    return shapes
+
+
 class WeightSender:
     """Sends a policy's weights to the engine that was started with it.
 
@@ -53,14 +64,9 @@ class WeightSender:
 
     def __init__(self, policy: Any, max_bytes: int = 1 << 30) -> None:
         self.max_bytes = max_bytes
-        self.expected = {name: tuple(p.shape) for name, p in policy.named_parameters()}
+        self.expected = shapes_to_send(policy)
         self.held: set[str] = set()
         self.dtype = torch.float32
-        if policy.config.tie_word_embeddings and "lm_head.weight" in self.expected:
-            raise ValueError(
-                "the policy's config says tie_word_embeddings, but its lm_head has weights of its own: vLLM would take "
-                "the embeddings for the head. Set tie_word_embeddings: false in config.json"
-            )
 
     @torch.no_grad()
     def fill(self, policy: Any, model: Any) -> None:

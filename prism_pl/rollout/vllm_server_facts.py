@@ -1,0 +1,137 @@
+"""What a vLLM server says about itself, and what it must be to sample for a trainer."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prism_pl.rollout.vllm_compat import NEWEST, OLDEST, version_of
+
+WORKER = "prism_pl.rollout.vllm_server_worker.ServerWorker"
+
+# What decides the names and shapes of a policy's weights, and how its images become tokens.
+_SHAPING = {
+    "": ("model_type", "tie_word_embeddings", "image_token_id"),
+    "text_config": (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ),
+    "vision_config": (
+        "depth",
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "out_hidden_size",
+        "num_position_embeddings",
+        "patch_size",
+        "temporal_patch_size",
+        "spatial_merge_size",
+        "deepstack_visual_indexes",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What a server's worker says of itself: vLLM's version and options, and its model's.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        transfer: the backend of vLLM's own weight transfer; None where it was not asked for.
+        architecture: see `architecture`.
+        parameters: of the model, by vLLM's names.
+    """
+
+    version: str
+    device: str
+    dtype: str
+    max_model_len: int
+    logprobs_mode: str
+    generation_config: str
+    chunked_prefill: bool
+    sleep_mode: bool
+    transfer: str | None
+    architecture: dict[str, Any]
+    parameters: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it travels."""
+        return asdict(self)
+
+
+def architecture(config: Any) -> dict[str, Any]:
+    """What decides the shapes of a policy, by its keys in config.json."""
+    found: dict[str, Any] = {}
+    for part, names in _SHAPING.items():
+        owner = getattr(config, part) if part else config
+        found |= {f"{part}.{name}" if part else name: _plain(getattr(owner, name)) for name in names}
+    return found
+
+
+def launch_line(path: str, device: str) -> str:
+    """The line that starts a server.
+
+    Args:
+        path: the policy's.
+        device: "cpu" or "cuda".
+    """
+    common = f"vllm serve {path} --worker-extension-cls {WORKER} --logprobs-mode processed_logprobs"
+    if device == "cpu":
+        return (
+            f"VLLM_SERVER_DEV_MODE=1 TORCH_COMPILE_DISABLE=1 {common} --generation-config vllm --dtype float32 "
+            "--enforce-eager --no-enable-chunked-prefill --kv-cache-memory-bytes 1G"
+        )
+    return (
+        f"VLLM_SERVER_DEV_MODE=1 {common} --generation-config vllm "
+        """--weight-transfer-config '{"backend": "nccl"}'"""
+    )
+
+
+def check_facts(facts: ServerFacts, policy_config: Any, sleep: bool, url: str) -> None:
+    """ValueError where a server cannot sample for this policy, with the option that it lacks.
+
+    Args:
+        sleep: whether the server is to lend its memory.
+    """
+    if not OLDEST <= version_of(facts.version) <= NEWEST:
+        raise ValueError(f"the rollout server {url} is vLLM {facts.version}; the engine is made for 0.24 to 0.32")
+    ours = architecture(policy_config)
+    other = {key: (facts.architecture.get(key), value) for key, value in ours.items()}
+    other = {key: pair for key, pair in other.items() if pair[0] != pair[1]}
+    if other:
+        key, (theirs, wanted) = next(iter(other.items()))
+        raise ValueError(
+            f"the rollout server {url} serves another model than the policy: its {key} is {theirs}, the policy's "
+            f"{wanted} ({len(other)} keys of config.json differ): start `vllm serve` with the path of this policy"
+        )
+    _check_options(facts, sleep, url)
+
+
+def _check_options(facts: ServerFacts, sleep: bool, url: str) -> None:
+    def demand(holds: bool, reason: str, option: str) -> None:
+        if not holds:
+            raise ValueError(f"the rollout server {url} {reason}: start it with {option}")
+
+    demand(
+        facts.logprobs_mode == "processed_logprobs",
+        f"gives {facts.logprobs_mode}, not the log-probabilities of the distribution that it samples from",
+        "--logprobs-mode processed_logprobs",
+    )
+    demand(
+        facts.generation_config == "vllm",
+        "takes sampling defaults from the policy's generation_config.json, which would act unseen",
+        "--generation-config vllm",
+    )
+    demand(
+        facts.device != "cpu" or not facts.chunked_prefill,
+        "cuts prompts into chunks, and on a CPU vLLM stops where such a request has a seed",
+        "--no-enable-chunked-prefill",
+    )
+    demand(facts.sleep_mode or not sleep, "cannot sleep, and the engine's `sleep` is true", "--enable-sleep-mode")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
