@@ -40,7 +40,8 @@ class FakeVLLM:
             "chunked_prefill": False,
             "sleep_mode": False,
             "transfer": None,
-            "architecture": architecture(config),
+            "image_options": {},
+            "architecture": architecture(config, config.tie_word_embeddings),
             "parameters": [],
         }
         self.facts = ServerFacts(**(known | facts))
@@ -100,8 +101,9 @@ class FakeVLLM:
         self.before_answer()
         tokenizer = self.processor.tokenizer
         text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
-        choices = [self._choice(i, body["seed"] + i) for i in range(body["n"])]
-        answer = {"prompt_token_ids": tokenizer(text, add_special_tokens=False).input_ids, "choices": choices}
+        with self._lock:  # a tokenizer holds its options while it works
+            choices = [self._choice(i, body["seed"] + i) for i in range(body["n"])]
+            answer = {"prompt_token_ids": tokenizer(text, add_special_tokens=False).input_ids, "choices": choices}
         return (CUT if met == CUT else 200), self.change(answer)
 
     def _choice(self, index: int, seed: int) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_half_a_batch_is_no_batch(engine, fake):
     message = str(raised.value)
     assert f"the rollout server {fake.url} gave no answer to {PATH} (it answered 500" in message
     assert "tried 4 times), and what else it had answered is dropped" in message
-    assert "VLLM_SERVER_DEV_MODE=1 TORCH_COMPILE_DISABLE=1 vllm serve" in message
+    assert "VLLM_SERVER_DEV_MODE=1 TORCH_COMPILE_DISABLE=1 python -m vllm.entrypoints" in message
     assert sum(body["messages"][1]["content"][0]["text"] == "question 1" for body in fake.asked) == 4
 
 
@@ -131,7 +131,7 @@ def test_a_refusal_is_an_error_at_once(engine, fake):
 
 def test_a_server_that_is_gone_is_named_with_the_line_that_starts_it(engine, fake, random_policy):
     fake.close()
-    with pytest.raises(ConnectionError, match=rf"{fake.url} gave no answer .*(?s:.*)vllm serve {random_policy} "):
+    with pytest.raises(ConnectionError, match=rf"{fake.url} gave no answer .*(?s:.*)--model {random_policy} "):
         engine.generate(examples(), 1, SAMPLED)
 
 
@@ -240,6 +240,7 @@ def test_files_are_gone_after_a_sync(engine, policy, tmp_path, fake, processor):
         ({"logprobs_mode": "raw_logprobs"}, "start it with --logprobs-mode processed_logprobs"),
         ({"generation_config": "auto"}, "start it with --generation-config vllm"),
         ({"chunked_prefill": True}, "start it with --no-enable-chunked-prefill"),
+        ({"image_options": {"size": {}}}, "start it without --mm-processor-kwargs"),
     ],
 )
 def test_a_server_without_an_option_is_refused(facts, message, policy, processor):
@@ -259,7 +260,7 @@ def test_another_model_is_refused_at_the_start(fake, policy, processor):
 @pytest.mark.parametrize("status", [404, 500])
 def test_a_server_without_our_worker_is_refused_at_once(fake, policy, processor, status):
     fake.rpc_status = status
-    with pytest.raises((ValueError, ConnectionError), match=r"no prism_facts here(?s:.*)vllm serve .*ServerWorker"):
+    with pytest.raises((ValueError, ConnectionError), match=r"no prism_facts here(?s:.*)python -m vllm.*ServerWorker"):
         VLLMServerEngine(fake.url).start(policy, processor, rank=0)
     assert fake.called == ["prism_facts"]
 

@@ -121,6 +121,14 @@ def load_weights(worker: Any, stream: Iterable[tuple[str, Tensor]], on_cpu: bool
     return loaded
 
 
+def says_tied(model_config: Any) -> bool:
+    """Whether the served config.json ties head and embeddings. vLLM 0.32 takes that back in its copy for a while, where
+    the weights hold a head as well."""
+    return model_config.hf_config.tie_word_embeddings or getattr(
+        model_config, "word_embeddings_untied_by_checkpoint", False
+    )
+
+
 def watch_loads(
     model: Any,
     tap: Callable[[Iterable[tuple[str, Tensor]]], Iterable[tuple[str, Tensor]]],

@@ -24,7 +24,7 @@ from prism_pl.rollout.ranks import RankCheck, on_first_rank
 from prism_pl.rollout.vllm_limits import check_fits, check_temperature
 from prism_pl.rollout.vllm_server_chat import chat_request, rollouts_of
 from prism_pl.rollout.vllm_server_client import Server
-from prism_pl.rollout.vllm_server_facts import ServerFacts, check_facts, launch_line
+from prism_pl.rollout.vllm_server_facts import ServerFacts, check_facts, image_options, launch_line
 from prism_pl.rollout.vllm_server_sync import (
     NCCLTransfer,
     PathTransfer,
@@ -84,12 +84,13 @@ class VLLMServerEngine:
         self.draws = Draws(rank)
         self.ranks = RankCheck(self.draws)
         on_cpu = policy.get_input_embeddings().weight.device.type == "cpu"
-        line = launch_line(processor.source, "cpu" if on_cpu else "cuda")
+        images = image_options(processor)
+        line = launch_line(processor.source, "cpu" if on_cpu else "cuda", images)
         self.server = Server(self.url, self.retries, self.timeout, f"is it running? This starts it:\n  {line}")
         self.model: str = self.server.get("/v1/models")["data"][0]["id"]
         facts = [ServerFacts(**each) for each in self.server.rpc("prism_facts", retry=False)]
         self.facts = facts[0]
-        check_facts(self.facts, policy.config, self.sleeps, self.url)
+        check_facts(self.facts, policy.config, images, self.sleeps, self.url)
         self.probe = Probe(self.dtype())
         # The first rank alone sends; the others have no way to the server's weights.
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

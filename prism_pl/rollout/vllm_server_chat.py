@@ -27,7 +27,7 @@ def chat_request(
     """
     images = [open_image(image, example.id) for image in example.images]
     ids = processor.prompt_ids(processor.prompt_text(example), images)
-    request: dict[str, Any] = {
+    request = {
         "model": model,
         "messages": chat_messages(example, [_image_part(image) for image in images]),
         "n": num_samples,
@@ -44,11 +44,6 @@ def chat_request(
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
-    if images:
-        # Images are prepared within the trainer's limits, whatever the served folder says.
-        size = processor.image_processor.size
-        edges = {edge: size[edge] for edge in ("shortest_edge", "longest_edge")}
-        request["mm_processor_kwargs"] = {"size": edges}
     return request, ids
 
 

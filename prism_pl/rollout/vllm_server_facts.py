@@ -1,15 +1,17 @@
 """What a vLLM server says about itself, and what it must be to sample for a trainer."""
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prism_pl.processor import Processor
 from prism_pl.rollout.vllm_compat import NEWEST, OLDEST, version_of
 
 WORKER = "prism_pl.rollout.vllm_server_worker.ServerWorker"
 
 # What decides the names and shapes of a policy's weights, and how its images become tokens.
 _SHAPING = {
-    "": ("model_type", "tie_word_embeddings", "image_token_id"),
+    "": ("model_type", "image_token_id"),
     "text_config": (
         "vocab_size",
         "hidden_size",
@@ -41,6 +43,7 @@ class ServerFacts:
     Attributes:
         device: "cpu" or "cuda".
         transfer: the backend of vLLM's own weight transfer; None where it was not asked for.
+        image_options: how images are prepared, beside what the served folder says.
         architecture: see `architecture`.
         parameters: of the model, by vLLM's names.
     """
@@ -54,6 +57,7 @@ class ServerFacts:
     chunked_prefill: bool
     sleep_mode: bool
     transfer: str | None
+    image_options: dict[str, Any]
     architecture: dict[str, Any]
     parameters: list[str]
 
@@ -62,43 +66,60 @@ class ServerFacts:
         return asdict(self)
 
 
-def architecture(config: Any) -> dict[str, Any]:
-    """What decides the shapes of a policy, by its keys in config.json."""
-    found: dict[str, Any] = {}
+def architecture(config: Any, tied: bool) -> dict[str, Any]:
+    """What decides the shapes of a policy, by its keys in config.json.
+
+    Args:
+        tied: what config.json says of tie_word_embeddings; vLLM may have changed its copy.
+    """
+    found: dict[str, Any] = {"tie_word_embeddings": tied}
     for part, names in _SHAPING.items():
         owner = getattr(config, part) if part else config
         found |= {f"{part}.{name}" if part else name: _plain(getattr(owner, name)) for name in names}
     return found
 
 
-def launch_line(path: str, device: str) -> str:
+def image_options(processor: Processor) -> dict[str, Any]:
+    """What a server must be told to prepare images within the trainer's limits: nothing, unless `policy.max_pixels` is
+    another than that of the policy's folder."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    ours, written = processor.image_processor.size, Qwen2VLImageProcessorPil.from_pretrained(processor.source).size
+    edges = ("shortest_edge", "longest_edge")
+    return {} if all(ours[e] == written[e] for e in edges) else {"size": {e: ours[e] for e in edges}}
+
+
+def launch_line(path: str, device: str, image_options: dict[str, Any]) -> str:
     """The line that starts a server.
 
     Args:
         path: the policy's.
         device: "cpu" or "cuda".
+        image_options: see there.
     """
-    common = f"vllm serve {path} --worker-extension-cls {WORKER} --logprobs-mode processed_logprobs"
+    options = f"--worker-extension-cls {WORKER} --logprobs-mode processed_logprobs --generation-config vllm"
+    if image_options:
+        options += f" --mm-processor-kwargs '{json.dumps(image_options)}'"
     if device == "cpu":
+        # vLLM's CPU build goes by another name on PyPI, and its `vllm serve` looks for its own.
         return (
-            f"VLLM_SERVER_DEV_MODE=1 TORCH_COMPILE_DISABLE=1 {common} --generation-config vllm --dtype float32 "
-            "--enforce-eager --no-enable-chunked-prefill --kv-cache-memory-bytes 1G"
+            "VLLM_SERVER_DEV_MODE=1 TORCH_COMPILE_DISABLE=1 python -m vllm.entrypoints.openai.api_server "
+            f"--model {path} {options} --dtype float32 --enforce-eager --no-enable-chunked-prefill "
+            "--kv-cache-memory-bytes 1G"
         )
-    return (
-        f"VLLM_SERVER_DEV_MODE=1 {common} --generation-config vllm "
-        """--weight-transfer-config '{"backend": "nccl"}'"""
-    )
+    return f"""VLLM_SERVER_DEV_MODE=1 vllm serve {path} {options} --weight-transfer-config '{{"backend": "nccl"}}'"""
 
 
-def check_facts(facts: ServerFacts, policy_config: Any, sleep: bool, url: str) -> None:
+def check_facts(facts: ServerFacts, policy_config: Any, images: dict[str, Any], sleep: bool, url: str) -> None:
     """ValueError where a server cannot sample for this policy, with the option that it lacks.
 
     Args:
+        images: see `image_options`.
         sleep: whether the server is to lend its memory.
     """
     if not OLDEST <= version_of(facts.version) <= NEWEST:
         raise ValueError(f"the rollout server {url} is vLLM {facts.version}; the engine is made for 0.24 to 0.32")
-    ours = architecture(policy_config)
+    ours = architecture(policy_config, policy_config.tie_word_embeddings)
     other = {key: (facts.architecture.get(key), value) for key, value in ours.items()}
     other = {key: pair for key, pair in other.items() if pair[0] != pair[1]}
     if other:
@@ -107,30 +128,32 @@ def check_facts(facts: ServerFacts, policy_config: Any, sleep: bool, url: str) -
             f"the rollout server {url} serves another model than the policy: its {key} is {theirs}, the policy's "
             f"{wanted} ({len(other)} keys of config.json differ): start `vllm serve` with the path of this policy"
         )
-    _check_options(facts, sleep, url)
+    _check_options(facts, images, sleep, url)
 
 
-def _check_options(facts: ServerFacts, sleep: bool, url: str) -> None:
+def _check_options(facts: ServerFacts, images: dict[str, Any], sleep: bool, url: str) -> None:
     def demand(holds: bool, reason: str, option: str) -> None:
         if not holds:
-            raise ValueError(f"the rollout server {url} {reason}: start it with {option}")
+            raise ValueError(f"the rollout server {url} {reason}: start it {option}")
 
     demand(
         facts.logprobs_mode == "processed_logprobs",
         f"gives {facts.logprobs_mode}, not the log-probabilities of the distribution that it samples from",
-        "--logprobs-mode processed_logprobs",
+        "with --logprobs-mode processed_logprobs",
     )
     demand(
         facts.generation_config == "vllm",
         "takes sampling defaults from the policy's generation_config.json, which would act unseen",
-        "--generation-config vllm",
+        "with --generation-config vllm",
     )
     demand(
         facts.device != "cpu" or not facts.chunked_prefill,
         "cuts prompts into chunks, and on a CPU vLLM stops where such a request has a seed",
-        "--no-enable-chunked-prefill",
+        "with --no-enable-chunked-prefill",
     )
-    demand(facts.sleep_mode or not sleep, "cannot sleep, and the engine's `sleep` is true", "--enable-sleep-mode")
+    wanted = f"with --mm-processor-kwargs '{json.dumps(images)}'" if images else "without --mm-processor-kwargs"
+    demand(facts.image_options == images, "prepares images within other limits than the trainer", wanted)
+    demand(facts.sleep_mode or not sleep, "cannot sleep, and the engine's `sleep` is true", "with --enable-sleep-mode")
 
 
 def _plain(value: Any) -> Any:

@@ -46,7 +46,8 @@ class ServerWorker:
             chunked_prefill=config.scheduler_config.enable_chunked_prefill,
             sleep_mode=config.model_config.enable_sleep_mode,
             transfer=None if transfer is None else transfer.backend,
-            architecture=architecture(config.model_config.hf_config),
+            image_options=config.model_config.multimodal_config.mm_processor_kwargs or {},
+            architecture=architecture(config.model_config.hf_config, vllm_compat.says_tied(config.model_config)),
             parameters=[name for name, _ in self.get_model().named_parameters()],
         ).as_dict()
 
