@@ -108,6 +108,19 @@ class Processor:
         patches = self.image_processor.get_number_of_image_patches(image.height, image.width, {})
         return patches // self.image_processor.merge_size**2
 
+    def resized(self, image: "Image") -> "Image":
+        """An image at the size at which its patches are cut. Its patches are the same ones, and a processor of another
+        make, which would have come to slightly other pixels, finds nothing left to resize."""
+        import numpy as np
+        from PIL import Image
+        from transformers.image_utils import SizeDict
+
+        ours = self.image_processor
+        size = SizeDict(shortest_edge=ours.size["shortest_edge"], longest_edge=ours.size["longest_edge"])
+        pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        pixels = ours.resize(pixels, size=size, resample=ours.resample, factor=ours.patch_size * ours.merge_size)
+        return Image.fromarray(pixels.transpose(1, 2, 0))
+
     def _images(self, example: Example) -> tuple[Tensor, Tensor]:
         if not example.images:
             size = self.image_processor

@@ -240,7 +240,6 @@ def test_files_are_gone_after_a_sync(engine, policy, tmp_path, fake, processor):
         ({"logprobs_mode": "raw_logprobs"}, "start it with --logprobs-mode processed_logprobs"),
         ({"generation_config": "auto"}, "start it with --generation-config vllm"),
         ({"chunked_prefill": True}, "start it with --no-enable-chunked-prefill"),
-        ({"image_options": {"size": {}}}, "start it without --mm-processor-kwargs"),
     ],
 )
 def test_a_server_without_an_option_is_refused(facts, message, policy, processor):
@@ -248,6 +247,25 @@ def test_a_server_without_an_option_is_refused(facts, message, policy, processor
     with pytest.raises(ValueError, match=message):
         VLLMServerEngine(fake.url).start(policy, processor, rank=0)
     fake.close()
+
+
+def test_a_server_that_would_make_images_smaller_is_refused(fake, policy, random_policy):
+    large = PolicySpec(random_policy, max_pixels=10**8).processor()
+    with pytest.raises(ValueError, match=r"start it with --mm-processor-kwargs '\{\"size\": .*: 100000000\}\}'"):
+        VLLMServerEngine(fake.url).start(policy, large, rank=0)
+
+
+def test_images_are_sent_at_the_size_of_their_patches(processor, random_policy):
+    small = PolicySpec(random_policy, max_pixels=64 * 64).processor()
+    for reader in (processor, small):
+        for width in (70, 96, 150):
+            (example,) = make_examples(1, width=width)
+            sent = replace(example, images=[reader.resized(example.images[0])])
+            assert sent.images[0].size == reader.resized(sent.images[0]).size
+            ours, theirs = reader.prompt(example), reader.prompt(sent)
+            assert ours.ids == theirs.ids == processor.prompt(sent).ids
+            assert torch.equal(ours.pixel_values_NC, theirs.pixel_values_NC)
+            assert torch.equal(ours.pixel_values_NC, processor.prompt(sent).pixel_values_NC)
 
 
 def test_another_model_is_refused_at_the_start(fake, policy, processor):

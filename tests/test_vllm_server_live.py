@@ -19,6 +19,7 @@ from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rollout import Sampling, TransformersEngine, VLLMServerEngine, rollout_batch, vllm_server_client
 from prism_pl.rollout.vllm_server_facts import launch_line
 from scripts.blank_policy import ROOT
+from tests.conftest import make_examples
 from tests.stubs import equal, weights
 
 pytest.importorskip("vllm")
@@ -198,16 +199,23 @@ def test_samples_differ_and_draws_are_reproducible(engine, examples):
 
 def test_more_prompts_than_one_step_of_the_server_takes(engine, policy, processor, examples):
     """Were they cut into chunks, vLLM would stop at their seeds."""
-    many = [replace(examples[0], id=str(i), question=f"{i} " * 60) for i in range(30)]
+    many = [replace(examples[0], id=str(i), question=f"{i} " * 60) for i in range(45)]
     rollouts = engine.generate(many, 2, SAMPLED)
     assert sum(len(rollout.prompt_ids) for rollout in rollouts[::2]) > 8192
     assert difference(policy, processor, many, rollouts, 2) < 2 * PARITY
 
 
-def test_another_limit_of_pixels_is_refused(server, policy):
+def test_images_of_odd_sizes_are_read_as_the_trainer_reads_them(engine, policy, server):
+    """The server's own processor would resize them with another filter."""
     small = PolicySpec(PATH, max_pixels=64 * 64).processor()
-    with pytest.raises(ValueError, match=r"--mm-processor-kwargs '\{\"size\": .*\"longest_edge\": 4096"):
-        VLLMServerEngine(server[1]).start(policy, small, rank=0)
+    odd = [*make_examples(2, width=150), *make_examples(1, width=70)]
+    odd = [replace(example, id=str(i), system=None) for i, example in enumerate(odd)]
+    other = VLLMServerEngine(server[1])
+    other.start(policy, small, rank=0)
+    check_greedy_parity(other, policy, small, odd)
+    other.close()
+    engine.sync(policy.named_parameters())  # the server is this engine's again
+    check_greedy_parity(engine, policy, engine.processor, odd)
 
 
 def test_another_policy_is_refused(server, policy, processor, monkeypatch):
@@ -216,9 +224,10 @@ def test_another_policy_is_refused(server, policy, processor, monkeypatch):
         VLLMServerEngine(server[1]).start(policy, processor, rank=0)
 
 
-def test_what_the_server_refuses_is_an_error_at_once(engine, examples):
-    with pytest.raises(ValueError, match=r"refused /v1/chat/completions with 400: .*image"):
-        engine.generate([replace(examples[0], images=examples[0].images * 9, system="")], 1, SAMPLED)
+def test_what_the_server_refuses_is_an_error_at_once(engine, examples, monkeypatch):
+    monkeypatch.setattr(engine, "model", "other")
+    with pytest.raises(ValueError, match=r"refused /v1/chat/completions with 404: The model `other` does not exist"):
+        engine.generate(examples, 1, SAMPLED)
 
 
 def test_a_server_that_dies_is_reported_and_gives_no_rollouts(engine, server, examples, monkeypatch):

@@ -29,7 +29,7 @@ def chat_request(
     ids = processor.prompt_ids(processor.prompt_text(example), images)
     request = {
         "model": model,
-        "messages": chat_messages(example, [_image_part(image) for image in images]),
+        "messages": chat_messages(example, [_image_part(processor.resized(image)) for image in images]),
         "n": num_samples,
         "seed": seed,
         "temperature": sampling.temperature,

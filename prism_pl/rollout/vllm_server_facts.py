@@ -80,13 +80,15 @@ def architecture(config: Any, tied: bool) -> dict[str, Any]:
 
 
 def image_options(processor: Processor) -> dict[str, Any]:
-    """What a server must be told to prepare images within the trainer's limits: nothing, unless `policy.max_pixels` is
-    another than that of the policy's folder."""
+    """What a server must be told to leave images as they are sent, at the size that the trainer cuts into patches:
+    nothing, unless `policy.max_pixels` lies above the limit in the policy's folder."""
     from transformers import Qwen2VLImageProcessorPil
 
     ours, written = processor.image_processor.size, Qwen2VLImageProcessorPil.from_pretrained(processor.source).size
-    edges = ("shortest_edge", "longest_edge")
-    return {} if all(ours[e] == written[e] for e in edges) else {"size": {e: ours[e] for e in edges}}
+    small, large = "shortest_edge", "longest_edge"
+    if ours[small] >= written[small] and ours[large] <= written[large]:
+        return {}
+    return {"size": {small: ours[small], large: ours[large]}}
 
 
 def launch_line(path: str, device: str, image_options: dict[str, Any]) -> str:
@@ -151,8 +153,8 @@ def _check_options(facts: ServerFacts, images: dict[str, Any], sleep: bool, url:
         "cuts prompts into chunks, and on a CPU vLLM stops where such a request has a seed",
         "with --no-enable-chunked-prefill",
     )
-    wanted = f"with --mm-processor-kwargs '{json.dumps(images)}'" if images else "without --mm-processor-kwargs"
-    demand(facts.image_options == images, "prepares images within other limits than the trainer", wanted)
+    wanted = f"with --mm-processor-kwargs '{json.dumps(images)}'"
+    demand(not images or facts.image_options == images, "takes smaller images than the trainer", wanted)
     demand(facts.sleep_mode or not sleep, "cannot sleep, and the engine's `sleep` is true", "with --enable-sleep-mode")
 
 
