@@ -329,19 +329,3 @@ def test_a_call_inside_a_running_loop_works(engine):
         return engine.generate(examples(1), 1, SAMPLED)
 
     assert len(vllm_server_client.asyncio.run(cell())) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_buckets_come_out_of_their_files_as_they_went_in(dtype, tmp_path):
-    from prism_pl.rollout.bucket import Bucket
-    from prism_pl.rollout.vllm_server_files import read_buckets, write_buckets
-
-    named = [(str(i), torch.randn(shape)) for i, shape in enumerate([(3,), (2, 5), (), (1, 1, 7)])]
-    written = [Bucket.pack(part, dtype) for part in (named[:3], named[3:])]
-    write_buckets(iter(written), tmp_path / "weights")
-    read = list(read_buckets(tmp_path / "weights"))
-    assert [(bucket.head(), int(bucket.bits())) for bucket in read] == [
-        (bucket.head(), int(bucket.bits())) for bucket in written
-    ]
-    with pytest.raises(FileNotFoundError, match="no weights in"):
-        list(read_buckets(tmp_path / "nothing"))

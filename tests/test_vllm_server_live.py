@@ -41,7 +41,9 @@ def server(tmp_path_factory):
     words = shlex.split(launch_line(PATH, "cpu", {}))
     start = words.index("python")
     quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT)}
-    environment = os.environ | dict(word.split("=", 1) for word in words[:start]) | quiet
+    # Without what an engine inside this process has set for itself.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    environment = inherited | dict(word.split("=", 1) for word in words[:start]) | quiet
     command = [sys.executable, *words[start + 1 :], "--host", "127.0.0.1", "--port", str(port), "--block-size", "32"]
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as file:

@@ -165,9 +165,10 @@ def open_nccl(client: Any, source: Any, address: str, port: int, world_size: int
         address, port: where the server's workers find this process.
         world_size: the server's workers, and this process.
 
-    ValueError where the installed vLLM has no such end.
+    ValueError where the installed vLLM has no such end, or where there is none.
     """
     try:
+        import_vllm()
         from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
     except ImportError as error:
