@@ -117,7 +117,7 @@ def test_half_a_batch_is_no_batch(engine, fake):
         engine.generate(examples(), 1, SAMPLED)
     message = str(raised.value)
     assert f"the rollout server {fake.url} gave no answer to {PATH} (it answered 500" in message
-    assert "tried 4 times), and what else it had answered is dropped" in message
+    assert "tried 4 times), and no answer of this call is used: is it running? This starts it:" in message
     assert "VLLM_SERVER_DEV_MODE=1 TORCH_COMPILE_DISABLE=1 python -m vllm.entrypoints" in message
     assert sum(body["messages"][1]["content"][0]["text"] == "question 1" for body in fake.asked) == 4
 
@@ -272,6 +272,12 @@ def test_another_model_is_refused_at_the_start(fake, policy, processor):
     wide = fake.facts.architecture | {"text_config.hidden_size": 4096}
     fake.facts = replace(fake.facts, architecture=wide)
     with pytest.raises(ValueError, match=r"its text_config\.hidden_size is 4096, the policy's .* \(1 keys"):
+        VLLMServerEngine(fake.url).start(policy, processor, rank=0)
+
+
+def test_another_prism_pl_is_refused(fake, policy, processor, monkeypatch):
+    monkeypatch.setattr(fake, "_rpc", lambda method, args: {"version": "0.32.0"})
+    with pytest.raises(ValueError, match="runs another prism_pl: install the trainer's version there"):
         VLLMServerEngine(fake.url).start(policy, processor, rank=0)
 
 

@@ -50,7 +50,7 @@ class VLLMServerEngine:
             server are on GPUs and the server was started with vLLM's weight transfer, else `path`.
         folder: for `path`, one that both machines see under this name; None: a temporary one of this machine.
         nccl_address: for `nccl`, where the server finds this process, "host" or "host:port"; None: found out.
-        retries: how often a request is tried again, with back-off, before the run stops.
+        retries: how often a request is tried again, with back-off, before the run stops; 8 wait two minutes in all.
         timeout: seconds for one answer, its time in the server's queue included.
         sleep: lend the server's memory during the training part of a step: for a server on the trainer's own GPU.
     """
@@ -61,7 +61,7 @@ class VLLMServerEngine:
         transfer: Literal["auto", "nccl", "path"] = "auto",
         folder: str | None = None,
         nccl_address: str | None = None,
-        retries: int = 6,
+        retries: int = 8,
         timeout: float = 600.0,
         sleep: bool = False,
     ) -> None:
@@ -83,24 +83,30 @@ class VLLMServerEngine:
         self.policy, self.processor = policy, processor
         self.draws = Draws(rank)
         self.ranks = RankCheck(self.draws)
-        on_cpu = policy.get_input_embeddings().weight.device.type == "cpu"
-        images = image_options(processor)
-        line = launch_line(processor.source, "cpu" if on_cpu else "cuda", images)
+        self.on_cpu = policy.get_input_embeddings().weight.device.type == "cpu"
+        self.images = image_options(processor)
+        line = launch_line(processor.source, "cpu" if self.on_cpu else "cuda", self.images)
         self.server = Server(self.url, self.retries, self.timeout, f"is it running? This starts it:\n  {line}")
-        self.model: str = self.server.get("/v1/models")["data"][0]["id"]
-        facts = [ServerFacts(**each) for each in self.server.rpc("prism_facts", retry=False)]
+        facts = self._meet()
         self.facts = facts[0]
-        check_facts(self.facts, policy.config, images, self.sleeps, self.url)
         self.probe = Probe(self.dtype())
         # The first rank alone sends; the others have no way to the server's weights.
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        self.weights = ServerWeights(policy, facts, self._transfer(on_cpu)) if first else None
+        self.weights = ServerWeights(policy, facts, self._transfer()) if first else None
         self.run, self.num_sent = secrets.token_hex(4), 0
         self.version: str | None = None
         self.stale = True
 
-    def _transfer(self, on_cpu: bool) -> Transfer:
-        able = not on_cpu and self.facts.device == "cuda" and self.facts.transfer == "nccl"
+    def _meet(self) -> list[ServerFacts]:
+        """What each of the server's workers says of itself. ValueError where it cannot sample for this policy."""
+        self.model: str = self.server.get("/v1/models")["data"][0]["id"]
+        facts = [ServerFacts.read(each, self.url) for each in self.server.rpc("prism_facts", retry=False)]
+        for each in facts:
+            check_facts(each, self.policy.config, self.images, self.sleeps, self.url)
+        return facts
+
+    def _transfer(self) -> Transfer:
+        able = not self.on_cpu and self.facts.device == "cuda" and self.facts.transfer == "nccl"
         if self.kind == "nccl" and not able:
             raise ValueError(
                 "engine transfer is nccl, which needs the policy and the server on GPUs and the server started with "
@@ -171,6 +177,7 @@ class VLLMServerEngine:
                 "checkpoint"
             )
         logger.warning("rollout server %s: it was started anew; sending it the policy's weights again", self.url)
+        self._meet()
         self._load(self.policy.named_parameters())
 
     def dtype(self) -> torch.dtype:

@@ -125,12 +125,12 @@ class Server:
             await asyncio.sleep(wait)
         raise ConnectionError(
             f"the rollout server {self.url} gave no answer to {request[1]} ({trouble}; tried {retries + 1} times), and "
-            f"what else it had answered is dropped: {self.way_out}"
+            f"no answer of this call is used: {self.way_out}"
         )
 
     async def _try(self, session: "ClientSession", method: str, path: str, body: Any) -> tuple[Any, str | None]:
         """An answer, or what troubles the server. ServerError where it refuses."""
-        from aiohttp import ClientError
+        from aiohttp import ClientConnectorError, ClientError
 
         try:
             async with session.request(method, self.url + path, json=body) as response:
@@ -140,6 +140,8 @@ class Server:
                 reason = _reason(await response.text())
         except TimeoutError:
             return None, f"no answer within {self.timeout:g} s"
+        except ClientConnectorError as error:
+            return None, f"cannot connect: {error.strerror or error}"
         except (ClientError, OSError) as error:
             return None, f"{type(error).__name__}: {error}"
         if response.status >= 500:

@@ -1,7 +1,7 @@
 """What a vLLM server says about itself, and what it must be to sample for a trainer."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from prism_pl.processor import Processor
@@ -64,6 +64,13 @@ class ServerFacts:
     def as_dict(self) -> dict[str, Any]:
         """As it travels."""
         return asdict(self)
+
+    @classmethod
+    def read(cls, told: dict[str, Any], url: str) -> "ServerFacts":
+        """What `as_dict` gave on the server. ValueError where it is another prism_pl's."""
+        if told.keys() != {field.name for field in fields(cls)}:
+            raise ValueError(f"the rollout server {url} runs another prism_pl: install the trainer's version there")
+        return cls(**told)
 
 
 def architecture(config: Any, tied: bool) -> dict[str, Any]:
