@@ -52,6 +52,7 @@ setup(
         "jsonargparse[signatures]",
         "datasets",
         "math-verify",
+        "aiohttp",
         "numpy",
         "scipy",
         "pyyaml",

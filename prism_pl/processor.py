@@ -94,10 +94,7 @@ class Processor:
 
     def prompt_text(self, example: Example) -> str:
         """The chat text of an example's prompt, with one placeholder an image."""
-        content: list[dict[str, str]] = [{"type": "image"} for _ in example.images]
-        content.append({"type": "text", "text": example.question})
-        system = SYSTEM_PROMPT if example.system is None else example.system
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        messages = chat_messages(example, [{"type": "image"} for _ in example.images])
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def prompt_ids(self, text: str, images: Sequence["Image"]) -> list[int]:
@@ -110,6 +107,19 @@ class Processor:
     def _num_visual_tokens(self, image: "Image") -> int:
         patches = self.image_processor.get_number_of_image_patches(image.height, image.width, {})
         return patches // self.image_processor.merge_size**2
+
+    def resized(self, image: "Image") -> "Image":
+        """An image at the size at which its patches are cut. Its patches are the same ones, and a processor of another
+        make, which would have come to slightly other pixels, finds nothing left to resize."""
+        import numpy as np
+        from PIL import Image
+        from transformers.image_utils import SizeDict
+
+        ours = self.image_processor
+        size = SizeDict(shortest_edge=ours.size["shortest_edge"], longest_edge=ours.size["longest_edge"])
+        pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        pixels = ours.resize(pixels, size=size, resample=ours.resample, factor=ours.patch_size * ours.merge_size)
+        return Image.fromarray(pixels.transpose(1, 2, 0))
 
     def _images(self, example: Example) -> tuple[Tensor, Tensor]:
         if not example.images:
@@ -189,6 +199,17 @@ class Processor:
             images_per_row=[counts[p] for p in prompt_of],
             ids=[row.id for row in rows],
         )
+
+
+def chat_messages(example: Example, images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of an example's prompt: system prompt, images and question.
+
+    Args:
+        images: the content part that stands for each image, as whoever reads the messages wants it.
+    """
+    system = SYSTEM_PROMPT if example.system is None else example.system
+    content = [*images, {"type": "text", "text": example.question}]
+    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
 def _positions(prompt: Prompt, num_response: int) -> Tensor:

@@ -19,7 +19,7 @@ from prism_pl.rollout.contract import (
     check_received,
     draw_prints,
 )
-from prism_pl.rollout.vllm_sync import WeightSender, packed, unpacked
+from prism_pl.rollout.vllm_sync import WeightSender, checked, packed, unpacked
 
 IMAGE = 9
 
@@ -124,9 +124,9 @@ def test_a_sync_sends_each_parameter_in_its_shape(random_policy):
     ):
         sender = WeightSender(policy)
         with pytest.raises(ValueError, match=message):
-            sender._transfer(sender._checked(sent), load)
+            sender._transfer(checked(sent, sender.expected), load)
     loaded.clear()
-    sender._transfer(sender._checked(named), load)
+    sender._transfer(checked(named, sender.expected), load)
     assert [name for name, _ in loaded] == [name for name, _ in named]
     assert all(torch.equal(tensor, parameter) for (_, tensor), (_, parameter) in zip(loaded, named, strict=True))
 

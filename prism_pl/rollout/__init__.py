@@ -5,6 +5,7 @@ from prism_pl.rollout.batch import rollout_batch
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_training_sampling
 from prism_pl.rollout.transformers_engine import TransformersEngine
 from prism_pl.rollout.vllm_engine import VLLMEngine
+from prism_pl.rollout.vllm_server import VLLMServerEngine
 
 __all__ = [
     "AutoEngine",
@@ -13,6 +14,7 @@ __all__ = [
     "Sampling",
     "TransformersEngine",
     "VLLMEngine",
+    "VLLMServerEngine",
     "check_training_sampling",
     "rollout_batch",
 ]

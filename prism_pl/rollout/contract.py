@@ -14,6 +14,9 @@ from torch import Tensor
 from prism_pl.rollout.bucket import Bucket
 from prism_pl.rollout.engine import Rollout
 
+# Of a bucket of weights its first and last name, and the checksums of its head and of its values.
+Entry = tuple[tuple[str, str], int, int]
+
 # Whoever draws the same response by chance, at this log-probability or below, does so once in e^30 times.
 UNLIKELY = -30.0
 
@@ -58,15 +61,19 @@ class StreamDigest:
         self._heads.append(bucket.head())
         self._sums.append(bucket.bits())
 
-    def entries(self) -> list[tuple[tuple[str, str], int, int]]:
-        """Of each bucket its first and last name, and the checksums of its head and of its values."""
+    def entries(self) -> list[Entry]:
+        """One a bucket."""
         sums = torch.stack(self._sums).tolist() if self._sums else []
         return list(zip(self.names, self._heads, sums, strict=True))
 
 
 def check_received(sent: StreamDigest, received: StreamDigest) -> None:
     """ValueError where the engine did not receive the very weights that were sent, in their order."""
-    ours, theirs = sent.entries(), received.entries()
+    check_entries(sent.entries(), received.entries())
+
+
+def check_entries(ours: Sequence[Entry], theirs: Sequence[Entry]) -> None:
+    """`check_received` of what two digests have added up, one of them in another process."""
     for (names, head, bits), (_, other_head, other_bits) in zip(ours, theirs, strict=False):
         if (head, bits) != (other_head, other_bits):
             what = "other values" if head == other_head else "other names or shapes"

@@ -28,13 +28,7 @@ class Draws:
     @contextmanager
     def seeded(self, sampling: Sampling, device: torch.device) -> Iterator[None]:
         """Engines draw from the global generators: seed them for one call, and put them back after it."""
-        if sampling.seed is not None:
-            # The last entry keeps the two kinds apart: numpy pads what is shorter with zeros.
-            entropy = [sampling.seed, self.rank, 0, 1]
-        else:
-            entropy = [self.seed, self.rank, self.num_draws, 2]
-            self.num_draws += 1
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+        seed = int(self._next(sampling).generate_state(1, np.uint64)[0])
         numpy_state = np.random.get_state()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -43,6 +37,19 @@ class Draws:
                 yield
             finally:
                 np.random.set_state(numpy_state)
+
+    def seeds(self, sampling: Sampling, num: int) -> list[int]:
+        """Seeds of `num` requests of one call, for an engine that draws elsewhere. Below 2^62: vLLM counts on from a
+        request's seed for its further samples, within 64 bits."""
+        return [int(seed) >> 2 for seed in self._next(sampling).generate_state(num, np.uint64)]
+
+    def _next(self, sampling: Sampling) -> np.random.SeedSequence:
+        """What the numbers of the next call come from."""
+        if sampling.seed is not None:
+            # The last entry keeps the two kinds apart: numpy pads what is shorter with zeros.
+            return np.random.SeedSequence([sampling.seed, self.rank, 0, 1])
+        self.num_draws += 1
+        return np.random.SeedSequence([self.seed, self.rank, self.num_draws - 1, 2])
 
     def state_dict(self) -> dict[str, Any]:
         """What the next draws depend on. The rank is not in it: every rank may load the first one's."""

@@ -1,6 +1,6 @@
 """The ranks of a run beside each other: engines must not draw the same rollouts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,29 @@ class RankCheck:
     def metrics(self) -> dict[str, float]:
         """The share of the last draws that stood on another engine too."""
         return {"rollout/repeated_draws": self.repeated} if len(self.groups) > 1 else {}
+
+
+def on_first_rank(act: Callable[[], Any]) -> Any:
+    """Act on the first rank alone, once all have come here and while they wait for it.
+
+    Returns:
+        A plain value of `act`, on every rank. What stops the first is an error on all of them.
+    """
+    if not torch.distributed.is_initialized():
+        return act()
+    _gathered(None)
+    value, error = None, None
+    if torch.distributed.get_rank() == 0:
+        try:
+            value = act()
+        except Exception as raised:
+            error = raised
+    value, reason = _gathered((value, None if error is None else f"{type(error).__name__}: {error}"))[0]
+    if error is not None:
+        raise error
+    if reason is not None:
+        raise RuntimeError(f"the first process of the run stopped: {reason}")
+    return value
 
 
 def _gathered(value: Any) -> list[Any]:

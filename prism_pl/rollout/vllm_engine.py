@@ -25,6 +25,7 @@ from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 from prism_pl.rollout.probe import Probe
 from prism_pl.rollout.ranks import RankCheck, TensorGroup
 from prism_pl.rollout.vllm_launch import Dtype, Launched, LaunchOptions
+from prism_pl.rollout.vllm_limits import check_fits, check_temperature
 from prism_pl.rollout.vllm_sync import WeightSender
 
 
@@ -143,12 +144,8 @@ class VLLMEngine:
         images = [open_image(image, example.id) for image in example.images]
         text = self.processor.prompt_text(example)
         ids = self.processor.prompt_ids(text, images)
-        longest = self.launched.max_model_len
-        if len(ids) + sampling.max_tokens > longest:
-            raise ValueError(
-                f"row {example.id!r}: a prompt of {len(ids)} tokens and sampling.max_tokens={sampling.max_tokens} do "
-                f"not fit into the engine's {longest}: raise its max_model_len or kv_cache_mb, or lower max_tokens"
-            )
+        longest, remedy = self.launched.max_model_len, "raise its max_model_len or kv_cache_mb"
+        check_fits(len(ids), sampling, longest, example.id, remedy)
         request: dict[str, Any] = {"prompt": text}
         if images:
             request["multi_modal_data"] = {"image": images}
@@ -157,11 +154,7 @@ class VLLMEngine:
     def _sampling_params(self, num_samples: int, sampling: Sampling) -> Any:
         from vllm import SamplingParams
 
-        if 0 < sampling.temperature < 0.01:
-            raise ValueError(
-                f"sampling.temperature is {sampling.temperature}: vLLM samples below 0.01 as at 0.01; give at least "
-                "that, or 0 for greedy"
-            )
+        check_temperature(sampling)
         return SamplingParams(
             n=num_samples,
             temperature=sampling.temperature,

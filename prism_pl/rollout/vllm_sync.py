@@ -1,6 +1,6 @@
 """The policy's weights into a live engine of the same process: in bounded buckets, checked at both ends."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -45,6 +45,28 @@ def unpacked(buckets: Iterable[Bucket], received: StreamDigest) -> Iterator[Name
         received.add(bucket)
 
 
+def shapes_to_send(policy: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, as every sync must send them. ValueError where vLLM would not take them for what they are."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in whole_parameters(policy)}
+    if policy.config.tie_word_embeddings and "lm_head.weight" in shapes:
+        raise ValueError(
+            "the policy's config says tie_word_embeddings, but its lm_head has weights of its own: vLLM would take "
+            "the embeddings for the head. Set tie_word_embeddings: false in config.json"
+        )
+    return shapes
+
+
+def checked(named: Iterable[Named], expected: Mapping[str, tuple[int, ...]]) -> Iterator[Named]:
+    """The stream as it is; ValueError where it is not all of `expected`, each once. It is not gathered first: merged or
+    sharded weights exist one after the other."""
+    sent: set[str] = set()
+    for name, tensor in named:
+        check_name(name, tuple(tensor.shape), expected, sent)
+        sent.add(name)
+        yield name, tensor
+    check_complete(sent, expected)
+
+
 class WeightSender:
     """Sends a policy's weights to the engine that was started with it.
 
@@ -55,14 +77,9 @@ class WeightSender:
 
     def __init__(self, policy: Any, max_bytes: int = 1 << 30) -> None:
         self.max_bytes = max_bytes
-        self.expected = {name: tuple(p.shape) for name, p in whole_parameters(policy)}
+        self.expected = shapes_to_send(policy)
         self.held: set[str] = set()
         self.dtype = torch.float32
-        if policy.config.tie_word_embeddings and "lm_head.weight" in self.expected:
-            raise ValueError(
-                "the policy's config says tie_word_embeddings, but its lm_head has weights of its own: vLLM would take "
-                "the embeddings for the head. Set tie_word_embeddings: false in config.json"
-            )
 
     @torch.no_grad()
     def fill(self, policy: Any, model: Any) -> None:
@@ -75,16 +92,9 @@ class WeightSender:
     def send(self, llm: Any, named_parameters: Iterable[Named], on_cpu: bool) -> None:
         """Load every parameter into a running engine. ValueError where one is missing, unknown, left out or altered."""
         load = partial(vllm_compat.load_weights, on_cpu=on_cpu)
-        self._transfer(self._checked(named_parameters), lambda stream: llm.collective_rpc(load, args=(stream,))[0])
-
-    def _checked(self, named: Iterable[Named]) -> Iterator[Named]:
-        """The stream as it is. It is not gathered first: merged or sharded weights exist one after the other."""
-        sent: set[str] = set()
-        for name, tensor in named:
-            check_name(name, tuple(tensor.shape), self.expected, sent)
-            sent.add(name)
-            yield name, tensor
-        check_complete(sent, self.expected)
+        self._transfer(
+            checked(named_parameters, self.expected), lambda stream: llm.collective_rpc(load, args=(stream,))[0]
+        )
 
     def _transfer(self, named: Iterable[Named], load: Callable[[Iterator[Named]], set[str]]) -> None:
         sent, received = StreamDigest(), StreamDigest()

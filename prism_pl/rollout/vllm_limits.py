@@ -1,0 +1,28 @@
+"""What vLLM would bend without a word is refused."""
+
+from prism_pl.rollout.engine import Sampling
+
+
+def check_temperature(sampling: Sampling) -> None:
+    """ValueError for a temperature that vLLM takes for another one."""
+    if 0 < sampling.temperature < 0.01:
+        raise ValueError(
+            f"sampling.temperature is {sampling.temperature}: vLLM samples below 0.01 as at 0.01; give at least "
+            "that, or 0 for greedy"
+        )
+
+
+def check_fits(num_prompt: int, sampling: Sampling, longest: int, row: str, remedy: str) -> None:
+    """ValueError where a prompt and its response are too long.
+
+    Args:
+        num_prompt: tokens of the prompt.
+        longest: what the engine takes, in tokens.
+        row: the example's id.
+        remedy: how the engine takes more.
+    """
+    if num_prompt + sampling.max_tokens > longest:
+        raise ValueError(
+            f"row {row!r}: a prompt of {num_prompt} tokens and sampling.max_tokens={sampling.max_tokens} do "
+            f"not fit into the engine's {longest}: {remedy}, or lower max_tokens"
+        )

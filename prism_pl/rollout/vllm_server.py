@@ -1,0 +1,245 @@
+"""Rollouts with vLLM on a second machine or GPU, behind `vllm serve`.
+
+The server holds a copy of the policy's weights, so it samples from what the last `sync` sent. What can go wrong with
+that is checked in the loop, see `prism_pl.rollout.contract`; what can go wrong with a connection is tried again, and a
+call gives all of its rollouts or none.
+"""
+
+import logging
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from prism_pl.batch import Example
+from prism_pl.lora import whole_parameters
+from prism_pl.optim import check_finite
+from prism_pl.processor import Processor
+from prism_pl.rollout.draws import Draws
+from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
+from prism_pl.rollout.probe import Probe
+from prism_pl.rollout.ranks import RankCheck, on_first_rank
+from prism_pl.rollout.vllm_limits import check_fits, check_temperature
+from prism_pl.rollout.vllm_server_chat import chat_request, rollouts_of
+from prism_pl.rollout.vllm_server_client import Server
+from prism_pl.rollout.vllm_server_facts import ServerFacts, check_facts, image_options, launch_line
+from prism_pl.rollout.vllm_server_sync import (
+    NCCLTransfer,
+    PathTransfer,
+    ServerWeights,
+    Transfer,
+    forget_prompts,
+)
+from prism_pl.rollout.vllm_sync import shapes_to_send
+from prism_pl.strategy import world_size
+
+logger = logging.getLogger(__name__)
+
+
+class VLLMServerEngine:
+    """Samples with a vLLM server, 0.24 to 0.32, that every rank of the run asks and the first rank keeps up to date.
+
+    Each request carries a seed of its own (`prism_pl.rollout.draws.Draws`), so a resumed run draws what the whole one
+    would have drawn. The line that starts a server stands in the README and in the message where there is none.
+
+    Args:
+        url: of the server, such as http://other-machine:8000.
+        transfer: how weights travel: `nccl` from GPU to GPU, `path` by a folder; `auto` takes `nccl` where policy and
+            server are on GPUs and the server was started with vLLM's weight transfer, else `path`.
+        folder: for `path`, one that both machines see under this name; None: a temporary one of this machine.
+        nccl_address: for `nccl`, where the server finds this process, "host" or "host:port"; None: found out.
+        retries: how often a request is tried again, with back-off, before the run stops; 8 wait two minutes in all.
+        timeout: seconds for one answer, its time in the server's queue included.
+        sleep: lend the server's memory during the training part of a step: for a server on the trainer's own GPU.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        transfer: Literal["auto", "nccl", "path"] = "auto",
+        folder: str | None = None,
+        nccl_address: str | None = None,
+        retries: int = 8,
+        timeout: float = 600.0,
+        sleep: bool = False,
+    ) -> None:
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise ValueError(f"engine url is {url!r}: give the server's address, such as http://other-machine:8000")
+        if retries < 0:
+            raise ValueError(f"engine retries is {retries}: give 0 or more")
+        if timeout <= 0:
+            raise ValueError(f"engine timeout is {timeout}: give seconds above 0")
+        self.url, self.kind, self.folder, self.nccl_address = url, transfer, folder, nccl_address
+        self.retries, self.timeout, self.sleeps = retries, timeout, sleep
+        self.weights: ServerWeights | None = None
+        self.asleep = False
+
+    def start(self, policy: Any, processor: Processor, *, rank: int) -> None:
+        """Meet the server: ValueError where it serves another model, or lacks an option; ConnectionError where it is
+        not there. Its weights come with the first `generate`."""
+        self.close()
+        self.policy, self.processor = policy, processor
+        self.draws = Draws(rank)
+        self.ranks = RankCheck(self.draws)
+        self.on_cpu = policy.get_input_embeddings().weight.device.type == "cpu"
+        self.images = image_options(processor)
+        line = launch_line(processor.source, "cpu" if self.on_cpu else "cuda", self.images)
+        self.server = Server(self.url, self.retries, self.timeout, f"is it running? This starts it:\n  {line}")
+        facts = self._meet()
+        self.facts = facts[0]
+        self.probe = Probe(self.dtype())
+        # The first rank alone sends; the others have no way to the server's weights.
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        self.weights = ServerWeights(policy, facts, self._transfer()) if first else None
+        self.run, self.num_sent = secrets.token_hex(4), 0
+        self.version: str | None = None
+        self.stale = True
+
+    def _meet(self) -> list[ServerFacts]:
+        """What each of the server's workers says of itself. ValueError where it cannot sample for this policy."""
+        self.model: str = self.server.get("/v1/models")["data"][0]["id"]
+        facts = [ServerFacts.read(each, self.url) for each in self.server.rpc("prism_facts", retry=False)]
+        for each in facts:
+            check_facts(each, self.policy.config, self.images, self.sleeps, self.url)
+        return facts
+
+    def _transfer(self) -> Transfer:
+        able = not self.on_cpu and self.facts.device == "cuda" and self.facts.transfer == "nccl"
+        if self.kind == "nccl" and not able:
+            raise ValueError(
+                "engine transfer is nccl, which needs the policy and the server on GPUs and the server started with "
+                """--weight-transfer-config '{"backend": "nccl"}'; or set transfer: path"""
+            )
+        if self.kind == "path" or not able:
+            return PathTransfer(self.server, self.folder, self.dtype())
+        return NCCLTransfer(self.server, shapes_to_send(self.policy), self.dtype(), self.nccl_address)
+
+    def generate(
+        self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None
+    ) -> list[Rollout]:
+        """`num_samples` rollouts an example, prompt by prompt. A response ends at the end-of-turn token or, as Qwen's
+        own generation configuration has it, at the end-of-text token. Greedy log-probabilities are of temperature 1.
+        `on_group` is not called: a call gives all of its rollouts or none.
+
+        Raises ConnectionError where the server is lost, and ValueError where it refuses or a prompt does not fit.
+        """
+        if self.stale:
+            # A strategy may restore a checkpoint after the start.
+            self._load(whole_parameters(self.policy))
+        self.wake()
+        rollouts = self._generate(examples, num_samples, sampling)
+        self.probe.remember(examples)
+        self.ranks.remember(rollouts, sampling)
+        return rollouts
+
+    def _generate(self, examples: Sequence[Example], num_samples: int, sampling: Sampling) -> list[Rollout]:
+        check_temperature(sampling)
+        greedy = sampling.temperature == 0
+        seeds = self.draws.seeds(sampling, len(examples))
+        requests = [
+            chat_request(example, self.processor, 1 if greedy else num_samples, sampling, seed, self.model)
+            for example, seed in zip(examples, seeds, strict=True)
+        ]
+        for example, (_, ids) in zip(examples, requests, strict=True):
+            remedy = "start the server with a longer --max-model-len"
+            check_fits(len(ids), sampling, self.facts.max_model_len, example.id, remedy)
+        answers = self._ask([request for request, _ in requests])
+        rollouts: list[Rollout] = []
+        for example, (_, ids), answer in zip(examples, requests, answers, strict=True):
+            drawn = rollouts_of(answer, ids, self.processor, example.id, self.url)
+            total = torch.tensor([sum(rollout.sampler_logps) for rollout in drawn]).sum()
+            check_finite(total, "the policy's next-token distribution", [example.id])
+            rollouts += drawn * num_samples if greedy else drawn
+        return rollouts
+
+    def _ask(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The answers to all requests, from the weights that were sent: a server that was started anew in between
+        answers from those it was started with, and is sent the policy's and asked again."""
+        for _ in range(self.retries + 1):
+            answers = self.server.post_all("/v1/chat/completions", requests)
+            held = {answer["version"] for answer in self.server.rpc("prism_version")}
+            if held == {self.version}:
+                return answers
+            self._restore(held)
+        raise ConnectionError(f"the rollout server {self.url} lost the policy's weights {self.retries + 1} times")
+
+    def _restore(self, held: set[str | None]) -> None:
+        """Send the weights again where the server lost them. Its answers are dropped."""
+        if other := [version for version in held if version is not None]:
+            raise ValueError(
+                f"rollout contract: the server {self.url} holds the weights of another run ({other[0]}): a server "
+                "serves one run at a time, start another one with another --port"
+            )
+        # Ranks do not come to this place together, and NCCL has lost its group with the server's workers.
+        if world_size() > 1 or not isinstance(self.weights and self.weights.transfer, PathTransfer):
+            raise ConnectionError(
+                f"the rollout server {self.url} was started anew, without the policy's weights, in the middle of a "
+                "call. Nothing that it answered was used: start the run again in its folder, it goes on from its last "
+                "checkpoint"
+            )
+        logger.warning("rollout server %s: it was started anew; sending it the policy's weights again", self.url)
+        self._meet()
+        self._load(whole_parameters(self.policy))
+
+    def dtype(self) -> torch.dtype:
+        """In which the server computes."""
+        return getattr(torch, self.facts.dtype)
+
+    def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over the policy's weights, forget every cache made with the old ones, and probe."""
+        self.ranks.check_draws()
+        self._load(named_parameters)
+        self.probe.check(self._generate, self.policy, self.processor)
+
+    def _load(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        self.version = on_first_rank(lambda: self._send(named_parameters))
+        self.stale = self.asleep = False
+
+    def _send(self, named_parameters: Iterable[tuple[str, Tensor]]) -> str:
+        """What the server calls the weights that it now has."""
+        assert self.weights is not None, "start the engine first"
+        if self.asleep:
+            self.server.post("/wake_up?tags=weights")
+        self.num_sent += 1
+        version = f"{self.run}-{self.num_sent}"
+        self.weights.send(named_parameters, version)
+        if self.asleep:
+            self.server.post("/wake_up?tags=kv_cache")
+        forget_prompts(self.server)
+        return version
+
+    def sleep(self) -> None:
+        """Drop the server's weights and cache until the next `sync`, `wake` or `generate`, where `sleep` asks for
+        it."""
+        if not self.sleeps or self.asleep:
+            return
+        on_first_rank(lambda: self.server.post("/sleep?level=2"))
+        self.asleep = True
+
+    def wake(self) -> None:
+        """Wake up with the policy's weights as they are now. Nothing where the engine is awake."""
+        if self.asleep:
+            self._load(whole_parameters(self.policy))
+
+    def metrics(self) -> dict[str, float]:
+        """The probe's difference after the last sync, the share of draws that other ranks drew too, and how often the
+        server had to be asked again."""
+        retried = {"rollout/server_retries": float(self.server.num_retried)}
+        return self.probe.metrics() | self.ranks.metrics() | retried
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next draws depend on, the same for every rank."""
+        return self.draws.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on drawing where `state` was saved."""
+        self.draws.load_state_dict(state)
+
+    def close(self) -> None:
+        """Leave the server, which goes on running. A closed engine may be started again."""
+        if self.weights is not None:
+            self.weights.transfer.close()
+        self.weights, self.asleep = None, False
