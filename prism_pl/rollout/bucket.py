@@ -59,7 +59,7 @@ class Bucket:
         words = self.flat.view(torch.int64)
         whole = len(words) // _COLUMNS * _COLUMNS
         columns = words[:whole].view(-1, _COLUMNS).sum(0)
-        columns[: len(words) - whole] += words[whole:] * 3
+        columns[: len(words) - whole] += words[whole:]
         return (columns * torch.arange(1, 2 * _COLUMNS, 2, device=words.device)).sum()
 
 
