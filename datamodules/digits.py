@@ -38,14 +38,16 @@ class DigitsDataModule(L.LightningDataModule):
     The batches are made by the module's `collator`, a callable from a list of Examples to its batch.
 
     Args:
-        rows: what `fit` trains on. `pretrain`: bare answers and plain captions, for the base policy; `sft`: public and
-            curated demonstrations; `warmup` and `align`: curated demonstrations, two sets apart from each other and
-            from `sft`; `rlvr`: prompts with answers.
+        rows: what `fit` trains on. `pretrain`: bare answers, captions and explanations, for the base policy; `sft`:
+            public and curated demonstrations; `warmup` and `align`: curated demonstrations, two sets apart from each
+            other and from `sft`; `rlvr`: prompts with answers.
         num_train, num_validation, num_test, num_hard: rows of each split.
-        batch_size: rows a batch and process.
+        batch_size: training rows a batch and process.
+        eval_batch_size: the same of validation and test rows: rollouts of few rows at once cost as much as of many.
         seed: of the rows and of the training order, which depends on nothing else but the epoch.
         system_prompt: the same at every stage and in evaluation; None is `prism_pl.chat.SYSTEM_PROMPT`.
-        max_digits, hard_digits, curated, imprecise, skipped, captions, told, families: see `digits_rows.Recipe`.
+        max_digits, hard_digits, curated, imprecise, skipped, captions, told, explained, families: see
+            `digits_rows.Recipe`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DigitsDataModule(L.LightningDataModule):
         num_test: int = 320,
         num_hard: int = 160,
         batch_size: int = 32,
+        eval_batch_size: int = 64,
         seed: int = 0,
         system_prompt: str | None = SYSTEM_PROMPT,
         max_digits: int = 3,
@@ -65,12 +68,13 @@ class DigitsDataModule(L.LightningDataModule):
         skipped: float = 0.3,
         captions: float = 0.4,
         told: float = 0.0,
+        explained: float = 0.0,
         families: Sequence[str] = FAMILIES,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         sizes = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test, "num_hard": num_hard}
-        for name, value in {**sizes, "batch_size": batch_size}.items():
+        for name, value in {**sizes, "batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}: give at least 1")
         self.recipe = Recipe(
@@ -81,12 +85,14 @@ class DigitsDataModule(L.LightningDataModule):
             skipped=skipped,
             captions=captions,
             told=told,
+            explained=explained,
             system_prompt=system_prompt,
             families=tuple(families),
         )
         self.scene_checker = DigitsSceneChecker()
         self.seed = seed
         self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         brief = rows == "pretrain"
         self.train_rows = DigitsDataset(rows, num_train, seed, self.recipe)
@@ -114,7 +120,9 @@ class DigitsDataModule(L.LightningDataModule):
         return self._in_order(self.test_rows)
 
     def _in_order(self, rows: Dataset[Example]) -> DataLoader:
-        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self._collator(), num_workers=self.num_workers)
+        return DataLoader(
+            rows, batch_size=self.eval_batch_size, collate_fn=self._collator(), num_workers=self.num_workers
+        )
 
     def _collator(self) -> Callable[[list[Example]], Any]:
         assert self.trainer is not None

@@ -21,6 +21,8 @@ Split = Literal["pretrain", "sft", "warmup", "align", "rlvr", "validation", "tes
 SYSTEM_PROMPT = "Write <caption>, <think>, <answer>."
 BRIEF_PROMPT = "Answer."
 CAPTION_QUESTION = "Describe the image."
+EXPLAIN = "Explain."
+EXPLAIN_IN_LINES = "Explain in lines."
 
 # The position is the split's code in the seed of each row: never reorder.
 _SPLITS: tuple[Split, ...] = ("pretrain", "sft", "warmup", "align", "rlvr", "validation", "test", "hard")
@@ -37,6 +39,7 @@ class Recipe:
         imprecise, skipped: shares of public rows with an imprecise caption, or without the operations.
         captions: share of `pretrain` rows that ask for a plain caption.
         told: share of `pretrain` rows that tell the scene in words, without an image, and are answered step by step.
+        explained: share of the other `pretrain` rows that ask for an explanation: what is seen, then the steps.
         instructed: share of `pretrain` rows under `system_prompt`; the others stand under "Answer.". The base policy
             so answers briefly whichever of the two it is given.
         system_prompt: the same at every stage and in evaluation; None is `prism_pl.chat.SYSTEM_PROMPT`.
@@ -50,6 +53,7 @@ class Recipe:
     skipped: float = 0.3
     captions: float = 0.4
     told: float = 0.0
+    explained: float = 0.0
     instructed: float = 0.5
     system_prompt: str | None = SYSTEM_PROMPT
     families: Sequence[str] = FAMILIES
@@ -70,6 +74,7 @@ class Recipe:
             "skipped": self.skipped,
             "captions": self.captions,
             "told": self.told,
+            "explained": self.explained,
             "instructed": self.instructed,
         }
         for name, share in shares.items():
@@ -147,8 +152,9 @@ def _meta(split: Split, scene: Scene, question: Question) -> dict[str, Any]:
 
 
 def _make_brief(row: Example, question: Question, rng: np.random.Generator, recipe: Recipe) -> None:
-    """Turn a row into one of the base policy's: the bare answer; a plain caption, for another question; or the steps to
-    the answer, where the scene is told in words. So the base can see and can reckon, and knows no three blocks."""
+    """Turn a row into one of the base policy's: the bare answer; a plain caption, for another question; the steps to
+    the answer, where the scene is told in words; or an explanation, where one is asked for. So the base can see, reckon
+    and explain, and knows no three blocks."""
     if rng.random() >= recipe.instructed:
         row.system = BRIEF_PROMPT
     row.response = row.meta["answer"]
@@ -158,6 +164,12 @@ def _make_brief(row: Example, question: Question, rng: np.random.Generator, reci
         row.response = teacher.worked(question)
         row.meta.update(style="told", family="told")
         return
+    if recipe.explained and rng.random() < recipe.explained:
+        in_lines = bool(rng.random() < 0.5)
+        row.question = f"{EXPLAIN_IN_LINES if in_lines else EXPLAIN} {row.question}"
+        row.response = teacher.explained(row.meta["scene"], question, in_lines=in_lines)
+        row.meta.update(style="explained", family="explained")
+        return
     if rng.random() < recipe.captions:
         row.question, row.response = CAPTION_QUESTION, teacher.plain_caption(row.meta["scene"])
         row.answers = [row.response]
@@ -165,11 +177,11 @@ def _make_brief(row: Example, question: Question, rng: np.random.Generator, reci
 
 
 def corpus(num: int, seed: int = 0, recipe: Recipe | None = None) -> Iterator[str]:
-    """`num` texts to train a tokenizer on: question, response and system prompt of training rows of all styles."""
+    """The texts of `num` training rows of all styles, to train a tokenizer on: a chat's turns, each with its role."""
     splits: tuple[Split, ...] = ("pretrain", "sft", "align")
     for index in range(num):
         row = make_example(splits[index % 3], index // 3, seed, recipe, with_image=False)
-        yield f"{row.system or ''}\n{row.question}\n{row.response}"
+        yield from (f"system\n{row.system or ''}", f"user\n{row.question}", "assistant\n", row.response or "")
 
 
 class DigitsDataset(Dataset[Example]):

@@ -3,7 +3,8 @@
 * `curated`: dense and precise. An overview and one item a digit with colour and place; one numbered step an operation.
 * `public`: terse and varied. Items as one sentence, as short sentences or as bullets; fewer steps, numbered or not; a
   stated share of captions is imprecise and a stated share of solutions skips the operations. The answer is right.
-* brief: the bare answer, or a plain caption, outside the three-block format: what the base policy knows.
+* brief: the bare answer, a plain caption, or an explanation when asked for one, without the three blocks: what the base
+  policy knows.
 """
 
 from collections.abc import Sequence
@@ -90,6 +91,14 @@ def plain_caption(scene: Scene) -> str:
 def worked(question: Question) -> str:
     """The steps to an answer as sentences, without any block: `digits: 3 4. 3 + 4 = 7. the sum is 7.`"""
     return _sentences((*question.reads, *question.operations, question.conclusion))
+
+
+def explained(scene: Scene, question: Question, *, in_lines: bool) -> str:
+    """What is seen, then the steps to the answer, without any block: in sentences, or as bullets and numbered lines."""
+    if not in_lines:
+        return f"{plain_caption(scene)} {worked(question)}"
+    steps = (*question.reads, *question.operations, question.conclusion)
+    return f"{_bullets([_phrase(item) for item in scene])}\n{_numbered(steps)}"
 
 
 def _phrase(item: Item) -> str:

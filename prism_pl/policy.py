@@ -59,8 +59,9 @@ def check_policy_path(path: str, key: str = "policy.path") -> None:
                 f"{key} {path!r} is no folder: name a folder in Hugging Face format or a hub id such as "
                 "Qwen/Qwen3-VL-4B-Instruct"
             )
-        return
-    config_file = folder / "config.json"
+        config_file = _hub_config(path, key)
+    else:
+        config_file = folder / "config.json"
     if not config_file.exists():
         raise ValueError(f"{key} {path!r} holds no config.json: name the export/ folder of a run, or a hub id")
     try:
@@ -71,6 +72,20 @@ def check_policy_path(path: str, key: str = "policy.path") -> None:
         raise ValueError(
             f"{key} {path!r} is a {model_type!r} model, not a vision-language model of the family qwen3_vl"
         )
+
+
+def _hub_config(path: str, key: str) -> Path:
+    """The config.json of a hub id, from the cache or the hub. FileNotFoundError where neither has it."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(path, "config.json"))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{key} {path!r} is no folder here, and as a hub id it could not be read ({reason}): name the "
+            "export/ folder of a run, or a hub id such as Qwen/Qwen3-VL-4B-Instruct"
+        ) from error
 
 
 def build_policy(spec: PolicySpec, freeze: Sequence[str] = ()) -> Any:

@@ -41,12 +41,23 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer with Qwen's special tokens; every digit stays a token of its own."""
+    """A byte-level BPE tokenizer with Qwen's special tokens. A digit is a token of its own, except in a list's number.
+
+    White space between lines goes with the tag, the bullet or the number beside it, and a colon with its word, much as
+    Qwen's own tokenizer joins line ends to punctuation: a third fewer tokens a response than with lines kept apart.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    pieces = Regex(r"[^\S\n]?[A-Za-z<>/]+|[^\S\n]?\d|[^\S\n]?[^\sA-Za-z\d]|\n+|\s+")
+    pieces = Regex(
+        r"\s?</?[a-z]+>\n?"  # a tag of the format
+        r"|\n?\d\.(?= )"  # a numbered line
+        r"|[^\S\n]?[A-Za-z]+:?"
+        r"|[^\S\n]?\d"
+        r"|\s?[^\sA-Za-z\d]"  # a bullet, an operator, the end of a sentence
+        r"|\n+|\s+"
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pieces, behavior="isolated"),

@@ -7,6 +7,7 @@ they are imported once, and every command runs in a fork of this process.
 """
 
 import contextlib
+import gc
 import os
 import shlex
 import signal
@@ -81,11 +82,15 @@ def in_a_process(args: list[str], on_interrupt: Any) -> int:
 
 def load() -> None:
     """Import what every command needs. Nothing is computed: a fork would lack the threads that compute."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as `python -m prism_pl` has it
     import prism_pl.cli  # noqa: F401
     from prism_pl.rollout.vllm_compat import import_vllm
 
     with contextlib.suppress(Exception):  # the command that needs it says what is wrong
         import_vllm().LLM  # noqa: B018  (imported where it is named)
+        import vllm.model_executor.models.qwen3_vl
+        import vllm.v1.worker.cpu_worker  # noqa: F401
+    gc.freeze()  # a child's collections then pass over what was imported
 
 
 def main() -> int:

@@ -1,7 +1,10 @@
 """Shared fixtures: a blank tiny policy with random weights, made in milliseconds, and examples with real pixels."""
 
+import os
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as `python -m prism_pl` has it
 
 import numpy as np
 import pytest

@@ -50,13 +50,13 @@ class Optimiser(NamedTuple):
 # In the order in which the module configures them.
 OPTIMISERS = {
     "digits/pretrain": [Optimiser(1e-3, 0.01, (0.9, 0.98), "cosine", 0.05)],
-    "sft": [Optimiser(2e-3, 0.01, (0.9, 0.98), "cosine", 0.1)],
+    "sft": [Optimiser(1.5e-3, 0.01, (0.9, 0.98), "cosine", 0.1)],
     "warmup": [Optimiser(3e-4, 0.01, (0.9, 0.999), "cosine", 0.1)],
     "align": [
-        Optimiser(6e-5, 0.01, (0.9, 0.999), "constant", 0),
+        Optimiser(1e-4, 0.01, (0.9, 0.999), "constant", 0),
         Optimiser(1e-4, 0.01, (0.9, 0.999), "constant", 0),
     ],
-    "rlvr": [Optimiser(2e-4, 0.01, (0.9, 0.999), "cosine", 5)],
+    "rlvr": [Optimiser(2e-4, 0.01, (0.9, 0.999), "cosine", 2)],
     "digits/rlvr_dapo": [Optimiser(1e-4, 0.1, (0.9, 0.999), "constant", 10)],
     "digits/rlvr_gspo": [Optimiser(1e-4, 0.1, (0.9, 0.999), "constant", 0.05)],
 }

@@ -272,10 +272,11 @@ def test_steps_are_checked_against_the_scene_and_each_other(reasoning, correct, 
 
 def test_the_corpus_holds_every_style_and_is_reproducible():
     texts = list(corpus(300, seed=1))
-    assert texts == list(islice(corpus(400, seed=1), 300))
+    assert len(texts) == 4 * 300  # system, question, the answer's role, answer
+    assert texts == list(islice(corpus(400, seed=1), 4 * 300))
     joined = "\n".join(texts)
     assert "Describe the image." in joined
-    assert "Answer.\n" in joined
+    assert "system\nAnswer." in joined
     assert "<think>" in joined
     assert " = " in joined
 
@@ -313,3 +314,23 @@ def test_told_rows_hold_the_scene_in_words_and_true_steps_and_no_block():
         check = check_steps(row.response, row.meta["scene"], {**row.meta, "family": FAMILIES[index % len(FAMILIES)]})
         assert check.correct == check.stated == check.expected
         assert row.response.endswith(f" is {row.answers[0]}.")
+
+
+def test_explained_rows_show_the_scene_then_true_steps_and_no_block():
+    recipe = Recipe(explained=1.0)
+    in_lines = 0
+    for index in range(64):
+        row = make_example("pretrain", index, seed=3, recipe=recipe)
+        assert len(row.images) == 1
+        assert not chat.parse(row.response).valid
+        lines = row.question.startswith("Explain in lines. ")
+        in_lines += lines
+        assert lines or row.question.startswith("Explain. ")
+        number = len(row.meta["scene"])
+        parts = row.response.splitlines() if lines else row.response.split(". ")
+        seen = "\n".join(parts[:number]) if lines else ". ".join(parts[:number]) + "."
+        assert caption_items(seen) == scene_items(row.meta["scene"])
+        steps = "\n".join(parts[number:]) if lines else ". ".join(parts[number:])
+        check = check_steps(steps, row.meta["scene"], {**row.meta, "family": FAMILIES[index % len(FAMILIES)]})
+        assert check.correct == check.stated == check.expected
+    assert 16 < in_lines < 48

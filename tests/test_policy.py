@@ -10,7 +10,7 @@ from PIL import Image
 
 from prism_pl.batch import SequenceBatch, in_order, micro_batches
 from prism_pl.logprobs import chunked_logps, token_logps
-from prism_pl.policy import PolicySpec, build_policy, save_policy
+from prism_pl.policy import PolicySpec, build_policy, check_policy_path, save_policy
 from tests.conftest import make_examples
 
 
@@ -211,6 +211,31 @@ def test_a_planted_pickle_is_refused_and_not_opened(blank_policy, tmp_path):
         build_policy(PolicySpec(str(tmp_path)))
     assert "pytorch_model.bin" in str(error.value)
     assert not witness.exists()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("not cached\nmore"), ConnectionError("offline\nmore")])
+def test_a_hub_id_that_cannot_be_read_is_named_with_its_key(monkeypatch, error):
+    import huggingface_hub
+
+    def download(path, file):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(FileNotFoundError) as raised:
+        check_policy_path("nowhere/export")
+    said = str(error).splitlines()[0]
+    assert str(raised.value).startswith(
+        f"policy.path 'nowhere/export' is no folder here, and as a hub id it could not be read ({said})"
+    )
+
+
+def test_a_hub_model_of_another_family_is_refused(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda path, file: str(tmp_path / file))
+    with pytest.raises(ValueError, match="'nowhere/export' is a 'llama' model"):
+        check_policy_path("nowhere/export")
 
 
 def test_wrong_paths_are_named(tmp_path, random_policy):

@@ -39,10 +39,10 @@ class VLLMEngine:
         tensor_parallel: ranks that share an engine. They generate for the batches of all of them, together.
         dtype: of the engine's weights; `auto` is float32 on a CPU and bfloat16 on a GPU.
         max_model_len: longest prompt and response together, in tokens; None: what the policy and the cache allow.
-        max_num_seqs: sequences decoded at once; None: vLLM's default.
+        max_num_seqs: sequences decoded at once; None: 256 on a CPU, vLLM's default on a GPU.
         max_images: most images in a prompt.
         gpu_memory: the engine's share of a GPU's memory, weights and cache. It is lent to training while it sleeps.
-        kv_cache_mb: size of the key-value cache in MiB; None: 64 on a CPU, by `gpu_memory` on a GPU.
+        kv_cache_mb: size of the key-value cache in MiB; None: 256 on a CPU, by `gpu_memory` on a GPU.
         sleep: give the memory back during the training part of a step (on a GPU; a CPU engine keeps it).
     """
 

@@ -107,7 +107,9 @@ def write_blank(policy: Any, processor: Processor, folder: Path) -> None:
 
 
 def _llm_options(options: LaunchOptions, on_cpu: bool) -> dict[str, Any]:
-    cache = options.kv_cache_mb if options.kv_cache_mb is not None or not on_cpu else 64
+    # vLLM's own choice is made for a GPU. On a CPU a step's cost is mostly the scheduler's, whatever the policy.
+    cache = options.kv_cache_mb or (256 if on_cpu else None)
+    sequences = options.max_num_seqs or (256 if on_cpu else None)
     chosen: dict[str, Any] = {
         "dtype": ("float32" if on_cpu else "bfloat16") if options.dtype == "auto" else options.dtype,
         "max_model_len": options.max_model_len or -1,  # -1: as long as the policy's positions and the cache allow
@@ -123,8 +125,8 @@ def _llm_options(options: LaunchOptions, on_cpu: bool) -> dict[str, Any]:
     }
     if cache is not None:
         chosen["kv_cache_memory_bytes"] = cache << 20
-    if options.max_num_seqs is not None:
-        chosen["max_num_seqs"] = options.max_num_seqs
+    if sequences is not None:
+        chosen["max_num_seqs"] = sequences
     if torch.distributed.get_world_size() > 1:
         chosen["distributed_executor_backend"] = "external_launcher"
     return chosen
