@@ -7,7 +7,7 @@ Output: evaluation.json (a record a prompt and all tables), TensorBoard scalars,
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from lightning import LightningModule
 
 import prism_pl
 from prism_pl.batch import Example
-from prism_pl.evaluation import Judge, PromptRecord, keep_earlier, write_json
+from prism_pl.evaluation import Judge, PromptRecord, gathered, keep_earlier, write_json
 from prism_pl.evaluation_tables import Tables, make_tables
 from prism_pl.metrics.counting import DEFAULT_RULE, Rule, describe_rule
 from prism_pl.metrics.scene import KnowsScenes
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.report import FILE_NAME, print_evaluation, read_evaluation
-from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling
+from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, generate_batch
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -112,14 +112,8 @@ class EvaluateModule(LightningModule):
         self.engine.start(self.policy, self.processor, rank=self.global_rank)
 
     def test_step(self, batch: list[Example], batch_idx: int) -> None:
-        sampling = self.sampling
-        if sampling.seed is not None:
-            # One seed for all batches would draw the same noise in each, and prompts would not be independent.
-            sampling = replace(sampling, seed=sampling.seed + batch_idx)
-        rollouts = self.engine.generate(batch, self.num_samples, sampling)
-        for p, example in enumerate(batch):
-            samples = rollouts[p * self.num_samples : (p + 1) * self.num_samples]
-            self.records.append(self._record(example, samples))
+        groups = generate_batch(self.engine, batch, self.num_samples, self.sampling, batch_idx)
+        self.records += [self._record(example, group) for example, group in zip(batch, groups, strict=True)]
 
     def _record(self, example: Example, rollouts: Sequence[Rollout]) -> PromptRecord:
         supervision = None
@@ -136,7 +130,7 @@ class EvaluateModule(LightningModule):
         )
 
     def on_test_epoch_end(self) -> None:
-        self.records = _gathered(self.records)
+        self.records = gathered(self.records, "test")
         if not self.trainer.is_global_zero:
             return
         self.tables = make_tables(self.records, self.pass_k, self.num_resamples, self.bootstrap_seed)
@@ -178,19 +172,3 @@ class EvaluateModule(LightningModule):
         if self.tables:  # printed here, behind the progress bar's last line
             print_evaluation(read_evaluation(self.output_file))
             print(f"written to {self.output_file}")
-
-
-def _gathered(records: list[PromptRecord]) -> list[PromptRecord]:
-    """The records of all ranks, each prompt once: samplers repeat rows to give every rank as many. Two rows with one id
-    are a ValueError: they could not be told apart in a comparison."""
-    parts: list[list[PromptRecord]] = [records]
-    if torch.distributed.is_initialized():
-        parts = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(parts, records)
-    by_id: dict[str, PromptRecord] = {}
-    for record in (record for part in parts for record in part):
-        other = by_id.setdefault(record["id"], record)
-        repeated_by_sampler = len(parts) > 1 and other["question"] == record["question"]
-        if other is not record and not repeated_by_sampler:
-            raise ValueError(f"two rows have the id {record['id']!r}: give every row of the test data its own")
-    return list(by_id.values())

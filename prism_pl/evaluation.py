@@ -5,15 +5,19 @@ All numbers of the tables follow from the records, so two checkpoints can be com
 
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 from prism_pl.batch import Example
 from prism_pl.chat import parse
 from prism_pl.metrics.counting import Rule, count_items
 from prism_pl.metrics.scene import SceneChecker
 
+PASS_RATES = "pass_rates.jsonl"
+
 Side = Literal["policy", "supervision"]
+Record = TypeVar("Record", bound=Mapping[str, Any])
 SIDES: tuple[Side, ...] = ("policy", "supervision")
 
 
@@ -95,8 +99,17 @@ def responses_of(record: PromptRecord, side: Side) -> list[ResponseRecord]:
 
 def write_json(content: Any, file: Path) -> None:
     """Write to a temporary name and rename, so that a kill never leaves half a file. NaN becomes null."""
+    _write_text(json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", file)
+
+
+def write_lines(rows: Iterable[Any], file: Path) -> None:
+    """One JSON object a line, written as `write_json` does."""
+    _write_text("".join(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in rows), file)
+
+
+def _write_text(text: str, file: Path) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    temporary.write_text(text)
     temporary.replace(file)
 
 
@@ -108,6 +121,24 @@ def keep_earlier(file: Path) -> None:
     while (earlier := file.with_stem(f"{file.stem}-{number}")).exists():
         number += 1
     file.rename(earlier)
+
+
+def gathered(records: Sequence[Record], split: str) -> list[Record]:
+    """The records of all ranks, each prompt once: samplers repeat rows to give every rank as many. Two rows with one id
+    are a ValueError: they could not be told apart in a comparison."""
+    import torch
+
+    parts: list[list[Record]] = [list(records)]
+    if torch.distributed.is_initialized():
+        parts = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(parts, list(records))
+    by_id: dict[str, Record] = {}
+    for record in (record for part in parts for record in part):
+        other = by_id.setdefault(record["id"], record)
+        repeated_by_sampler = len(parts) > 1 and other.get("question") == record.get("question")
+        if other is not record and not repeated_by_sampler:
+            raise ValueError(f"two rows have the id {record['id']!r}: give every row of the {split} data its own")
+    return list(by_id.values())
 
 
 def _without_nan(content: Any) -> Any:
