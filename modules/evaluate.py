@@ -6,6 +6,7 @@ Output: evaluation.json (a record a prompt and all tables), TensorBoard scalars,
 
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,12 +18,13 @@ from lightning import LightningModule
 
 import prism_pl
 from prism_pl.batch import Example
-from prism_pl.evaluation import Judge, PromptRecord, gathered, keep_earlier, write_json
+from prism_pl.evaluation import Judge, PromptRecord, gathered, keep_earlier, keep_images, write_json
 from prism_pl.evaluation_tables import Tables, make_tables
 from prism_pl.metrics.counting import DEFAULT_RULE, Rule, describe_rule
 from prism_pl.metrics.scene import KnowsScenes
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.report import FILE_NAME, print_evaluation, read_evaluation
+from prism_pl.report.evaluations import FILE_NAME, read_evaluation
+from prism_pl.report.screen import print_evaluation
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, generate_batch
 
 GREEDY = Sampling(temperature=0.0)
@@ -43,6 +45,7 @@ class EvaluateModule(LightningModule):
         name: what tables call this checkpoint; None is the policy's path.
         rule: how descriptive items and reasoning steps are counted, see `prism_pl.metrics.counting`.
         num_resamples, bootstrap_seed: of the 95% intervals over prompts.
+        num_images: of how many prompts a split the images are kept, in `images/`, for a report to show.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class EvaluateModule(LightningModule):
         rule: Rule = DEFAULT_RULE,
         num_resamples: int = 2000,
         bootstrap_seed: int = 0,
+        num_images: int = 32,
     ) -> None:
         super().__init__()
         if sampling.temperature == 0 and num_samples > 1:
@@ -74,9 +78,11 @@ class EvaluateModule(LightningModule):
         self.rule: Rule = rule
         self.num_resamples = num_resamples
         self.bootstrap_seed = bootstrap_seed
+        self.num_images = num_images
         self.processor = policy.processor()
         self.policy: Any = None
         self.records: list[PromptRecord] = []
+        self.num_kept: Counter[str] = Counter()
         self.tables: Tables = {}
 
     def collator(self, examples: Sequence[Example]) -> list[Example]:
@@ -109,6 +115,7 @@ class EvaluateModule(LightningModule):
         datamodule: object = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self.judge = Judge(self.rule, datamodule.scene_checker if isinstance(datamodule, KnowsScenes) else None)
         self.records = []
+        self.num_kept = Counter()
         self.engine.start(self.policy, self.processor, rank=self.global_rank)
 
     def test_step(self, batch: list[Example], batch_idx: int) -> None:
@@ -127,7 +134,16 @@ class EvaluateModule(LightningModule):
             answers=example.answers,
             policy=[self.judge(r.text, example, len(r.response_ids), r.finish_reason == "length") for r in rollouts],
             supervision=supervision,
+            images=self._kept_images(example),
         )
+
+    def _kept_images(self, example: Example) -> list[str]:
+        """Files of the example's images, where it is among the first prompts of its split on this rank."""
+        split = str(example.meta.get("split", "test"))
+        self.num_kept[split] += 1
+        if self.num_kept[split] > self.num_images // self.trainer.world_size:
+            return []
+        return keep_images(example, self.output_file.parent)
 
     def on_test_epoch_end(self) -> None:
         self.records = gathered(self.records, "test")

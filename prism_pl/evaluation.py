@@ -5,16 +5,21 @@ All numbers of the tables follow from the records, so two checkpoints can be com
 
 import json
 import math
+import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from prism_pl.batch import Example
 from prism_pl.chat import parse
-from prism_pl.metrics.counting import Rule, count_items
-from prism_pl.metrics.scene import SceneChecker
+from prism_pl.metrics.counting import Rule, count_segment
+
+if TYPE_CHECKING:  # reports read records without torch
+    from prism_pl.batch import Example
+    from prism_pl.metrics.scene import SceneChecker
 
 PASS_RATES = "pass_rates.jsonl"
+IMAGES = "images"
 
 Side = Literal["policy", "supervision"]
 Record = TypeVar("Record", bound=Mapping[str, Any])
@@ -39,7 +44,8 @@ class ResponseRecord(TypedDict):
 
 
 class PromptRecord(TypedDict):
-    """One prompt with the policy's samples and, where the row has one, the supervision's response."""
+    """One prompt with the policy's samples and, where the row has one, the supervision's response. `images` are the
+    files kept of its images, relative to the evaluation's folder; empty where none were kept."""
 
     id: str
     family: str
@@ -48,6 +54,7 @@ class PromptRecord(TypedDict):
     answers: list[str]
     policy: list[ResponseRecord]
     supervision: ResponseRecord | None
+    images: list[str]
 
 
 class Judge:
@@ -58,7 +65,7 @@ class Judge:
         checker: checks captions and steps against the scene; None where scenes are unknown.
     """
 
-    def __init__(self, rule: Rule, checker: SceneChecker | None = None) -> None:
+    def __init__(self, rule: Rule, checker: "SceneChecker | None" = None) -> None:
         from prism_pl.rewards import AccuracyFormatReward
 
         self.rule: Rule = rule
@@ -66,7 +73,7 @@ class Judge:
         self.strict = AccuracyFormatReward(strict=True)
         self.lenient = AccuracyFormatReward(strict=False)
 
-    def __call__(self, text: str, example: Example, tokens: int, truncated: bool = False) -> ResponseRecord:
+    def __call__(self, text: str, example: "Example", tokens: int, truncated: bool = False) -> ResponseRecord:
         """Judge one response of `tokens` tokens. ValueError for a row without answers."""
         parsed = parse(text)
         caption = reasoning = None
@@ -83,8 +90,8 @@ class Judge:
             lenient=bool(self.lenient([text], [example]).parts["accuracy"].item()),
             tokens=tokens,
             truncated=truncated,
-            items=count_items(parsed.caption, self.rule) if parsed.valid else None,
-            steps=count_items(parsed.reasoning, self.rule) if parsed.valid else None,
+            items=count_segment(text, "caption", self.rule),
+            steps=count_segment(text, "reasoning", self.rule),
             caption=caption,
             reasoning=reasoning,
         )
@@ -95,6 +102,24 @@ def responses_of(record: PromptRecord, side: Side) -> list[ResponseRecord]:
     if side == "policy":
         return record["policy"]
     return [] if record["supervision"] is None else [record["supervision"]]
+
+
+def keep_images(example: "Example", folder: Path, side: int = 512) -> list[str]:
+    """Write the example's images as PNG files, no side longer than `side` pixels. Returns their paths in `folder`."""
+    from prism_pl.processor import open_image
+
+    files = []
+    for number, image in enumerate(example.images):
+        # Ids may hold any character, and two of them must not end in one file.
+        name = re.sub(r"[^\w.-]", "_", example.id)[:80]
+        name += "" if name == example.id else f"-{zlib.crc32(example.id.encode()):08x}"
+        file = folder / IMAGES / f"{name}-{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture = open_image(image, example.id)
+        picture.thumbnail((side, side))
+        picture.save(file)
+        files.append(file.relative_to(folder).as_posix())
+    return files
 
 
 def write_json(content: Any, file: Path) -> None:
