@@ -6,27 +6,18 @@ Output: pass_rates.jsonl in the run's folder, a line a prompt, for the `pass_rat
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from prism_pl.batch import Example
-from prism_pl.evaluation import PASS_RATES, gathered, keep_earlier, write_lines
+from prism_pl.evaluation import gathered, keep_earlier, write_lines
+from prism_pl.pass_rates import PASS_RATES, PassRate
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rewards import AccuracyFormatReward, Reward
 from prism_pl.rollout.engine import RolloutEngine, Sampling, generate_batch
 from prism_pl.rollout_stage import check_counts
-
-
-class PassRate(TypedDict):
-    """A line of pass_rates.jsonl: the shares of a prompt's samples that are right, and that have the format."""
-
-    id: str
-    pass_rate: float
-    num_samples: int
-    num_correct: int
-    format_rate: float
 
 
 class PassRateModule(LightningModule):

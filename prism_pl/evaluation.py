@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # reports read records without torch
     from prism_pl.batch import Example
     from prism_pl.metrics.scene import SceneChecker
 
-PASS_RATES = "pass_rates.jsonl"
 IMAGES = "images"
 
 Side = Literal["policy", "supervision"]

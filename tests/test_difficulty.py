@@ -10,12 +10,12 @@ import yaml
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from datamodules.difficulty import KEPT_IDS, histogram, keep_by_difficulty, read_pass_rates
+from datamodules.difficulty import keep_by_difficulty
 from datamodules.digits import DigitsDataModule
 from modules.pass_rates import PassRateModule
 from prism_pl.__main__ import main
 from prism_pl.chat import render
-from prism_pl.evaluation import PASS_RATES
+from prism_pl.pass_rates import KEPT_IDS, PASS_RATES, histogram, read_pass_rates
 from prism_pl.policy import PolicySpec
 from prism_pl.rewards import RewardOutput
 from prism_pl.rollout.engine import Sampling

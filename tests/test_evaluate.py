@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from modules.evaluate import EvaluateModule
 from prism_pl.chat import render
+from prism_pl.metrics import CaptionFaithfulness, DescriptiveItems, DistributionDistance, PassAtK, StepCorrectness
 from prism_pl.metrics.drift_bootstrap import distance_interval, paired_distance_difference
 from prism_pl.policy import PolicySpec
 from prism_pl.report.comparisons import differences
@@ -153,6 +155,37 @@ def test_tables_by_hand(random_policy, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "50.0 [50.0, 50.0]" in shown  # three prompts
     assert "50.0 [n/a]" in shown  # a single one
+
+
+def test_tables_are_the_metrics_of_the_same_name(random_policy, tmp_path):
+    texts = [RIGHT, WRONG, BARE]
+    options = {"engine": Scripted(texts, lengths=[4, 8, 2]), "num_samples": 3, "pass_k": [1, 2]}
+    module = evaluate(tmp_path, random_policy, [], **options)
+    found = means(module.tables["test"]["all"])
+    responses = [response for record in module.records[:3] for response in record["policy"]]
+    captions, steps = CaptionFaithfulness(), StepCorrectness()
+    for response in responses:
+        if (caption := response["caption"]) is not None:
+            said = ["t"] * caption["true"] + ["i"] * caption["invented"]
+            captions.update([said], [["t"] * (caption["true"] + caption["missed"])])
+        if (reasoning := response["reasoning"]) is not None:
+            steps.update(**{name: [count] for name, count in reasoning.items()})
+    for metric, names in (
+        (captions, {"precision": "caption_precision", "recall": "caption_recall"}),
+        (steps, {"right": "step_correctness", "present": "step_completeness"}),
+    ):
+        for name, column in names.items():
+            assert metric.compute()[name].item() == pytest.approx(found[f"{column}/policy"])
+    distance, items = DistributionDistance(segment="caption"), DescriptiveItems()
+    demonstrations = [example.response for example in module.trainer.datamodule.examples[:3]]
+    distance.update(policy=texts * 3, supervision=demonstrations)
+    items.update(texts * 3)
+    assert distance.compute()["distance"].item() == pytest.approx(found["descriptive_items/distance"])
+    assert items.compute()["mean"].item() == pytest.approx(found["descriptive_items/policy"])
+    right = PassAtK([1, 2])
+    right.update(torch.tensor([[1, 0, 0]] * 3))
+    for k in (1, 2):
+        assert right.compute()[f"pass_at_{k}"].item() == pytest.approx(found[f"pass_at_{k}"])
 
 
 def test_malformed_responses_count_for_nothing_but_format_and_lenient_accuracy(random_policy, tmp_path):

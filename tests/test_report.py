@@ -70,12 +70,14 @@ def test_base_without_a_parsed_response_has_no_numbers_instead_of_nan(report):
 
 def test_each_checkpoint_is_compared_with_the_one_it_was_trained_from(run, report):
     found = cells(section(report, "### Paired differences"), "accuracy")
-    assert list(found) == ["difference", "align - sft", "rlvr - align"]
+    assert list(found) == ["difference", "sft - base", "align - sft", "rlvr - align"]
+    assert found["sft - base"].startswith("+0.250 [")
+    assert cells(section(report, "### Paired differences"), "descriptive_items/distance")["sft - base"] == "n/a"
     assert found["align - sft"].startswith("+0.250 [")  # 2/4 - 1/4
     distance = cells(section(report, "### Paired differences"), "descriptive_items/distance")
     assert distance["align - sft"] == "-2.000 [-2.000, -2.000] *"  # |3 - 3| - |1 - 3|
     (read,) = read_runs([run])
-    assert default_pairs(read) == [("align", "sft"), ("rlvr", "align")]
+    assert default_pairs(read) == [("sft", "base"), ("align", "sft"), ("rlvr", "align")]
 
 
 def test_reward_gap_is_the_event_files(report):
@@ -136,6 +138,21 @@ def test_figures_are_legible_on_any_page(run, report):
     assert min(corner[:3]) > 240
     darkest = min(sum(pixel[:3]) for _, pixel in image.getcolors(2**24) or [])  # pyright: ignore[reportIndexIssue, reportArgumentType, reportCallIssue]
     assert darkest < 200
+
+
+def test_the_difficulty_filter_is_shown(run, tmp_path):
+    folder = tmp_path / "demo"
+    shutil.copytree(run / "rlvr", folder / "rlvr")
+    kept = {"pass_rates": "filter/pass_rates.jsonl", "keep": [0.2, 0.8], "ids": ["b"]}
+    (folder / "rlvr" / "kept_ids.json").write_text(json.dumps(kept))
+    (folder / "filter").mkdir()
+    rates = {"a": 0.0, "b": 0.5, "c": 1.0, "d": 1.0}
+    lines = [json.dumps({"id": id, "pass_rate": rate}) + "\n" for id, rate in rates.items()]
+    (folder / "filter" / "pass_rates.jsonl").write_text("".join(lines))
+    assert main(["report", str(folder)]) == 0
+    found = section((folder / "report.md").read_text(), "## Difficulty filter")
+    assert "| filter | 4 | 0.625 | 1 | 2 | 0 x 1, 0.5 x 1, 1 x 2 |" in found
+    assert "| rlvr | 1 | [0.2, 0.8] | filter/pass_rates.jsonl |" in found
 
 
 # Several runs
@@ -213,8 +230,8 @@ def test_missing_pieces_are_left_out_with_a_line(tmp_path, run):
     shutil.rmtree(folder / "sft" / "images")
     assert main(["report", str(folder)]) == 0
     text = (folder / "report.md").read_text()
-    for heading in ("Reward gap", "Training", "What acted", "Cost"):
-        assert section(text, f"## {heading}").strip().startswith("Left out: no stage")
+    for heading in ("Reward gap", "Training", "What acted", "Difficulty filter", "Cost"):
+        assert section(text, f"## {heading}").strip().startswith("Left out: no ")
     assert "Left out: no two checkpoints" in text
     assert "The image images/row-0-0.png is gone." in text
     trained = tmp_path / "trained"

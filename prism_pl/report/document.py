@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prism_pl.report.comparisons import Pair, differences_table, named_pairs, side_by_side
 from prism_pl.report.cost import cost
+from prism_pl.report.difficulty import difficulty
 from prism_pl.report.evaluation_figures import accuracy_figure, structure_figure, truth_figure
 from prism_pl.report.figures import Figures
 from prism_pl.report.runs import Run, default_pairs, evaluations_of, labels_of
@@ -69,6 +70,11 @@ def make_report(runs: Sequence[Run], options: Options, page: Path, made_by: str)
         ("Reward gap", lambda: reward_gap(figures, runs), "no stage logged reward gaps (callbacks.RewardGap does)"),
         ("Training", lambda: curves(figures, runs), "no stage that trains on rollouts left event files"),
         ("What acted", lambda: what_acted(runs), "no stage that trains on rollouts left event files"),
+        (
+            "Difficulty filter",
+            lambda: difficulty(runs),
+            "no pass rates were measured (predict does)",
+        ),
         ("Cost", lambda: cost(figures, runs), "no stage left event files"),
     ]
     for heading, section, why in sections:
@@ -87,10 +93,9 @@ def _opening(runs: Sequence[Run]) -> list[str]:
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in run.stages) or "none"
         lines += ["", f"* **{run.name}**: stages {stages}; checkpoints {', '.join(run.evaluations) or 'none'}."]
         for name, entry in run.ledger.get("stages", {}).items():
-            if entry.get("status") not in ("finished", None):
+            # The report's own entry is running, or was when it was made.
+            if entry.get("status") not in ("finished", None) and entry.get("kind") != "report":
                 lines.append(f"  Its ledger says that {name} is {entry['status']}.")
-        for folder in run.filters:
-            lines.append(f"  Pass rates were measured in {folder.name}.")
     return lines
 
 

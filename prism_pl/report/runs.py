@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from prism_pl.errors import UsageError
-from prism_pl.evaluation import IMAGES, PASS_RATES
+from prism_pl.evaluation import IMAGES
+from prism_pl.pass_rates import PASS_RATES
 from prism_pl.report.evaluations import FILE_NAME, Evaluation, read_evaluation
 from prism_pl.report.events import EVENT_FILES, Curves, read_curves
 
@@ -76,7 +77,7 @@ class Run:
     folder: Path
     stages: list[Stage] = field(default_factory=list)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    filters: list[Path] = field(default_factory=list)
+    filters: dict[str, Path] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
 
 
@@ -122,7 +123,7 @@ def _read_run(folder: Path, name: str) -> Run:
         if (place / FILE_NAME).exists():
             found.append((label, read_evaluation(place)))
         if (place / PASS_RATES).exists():
-            run.filters.append(place)
+            run.filters[label] = place
         if any(place.glob(EVENT_FILES)):
             curves = read_curves(place)
             kind = _kind(curves)
