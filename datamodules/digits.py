@@ -8,11 +8,13 @@
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from datamodules.difficulty import check_keep, keep_by_difficulty
 from datamodules.digits_checks import DigitsSceneChecker, caption_items, check_steps, faithfulness, scene_items
 from datamodules.digits_questions import FAMILIES
 from datamodules.digits_rows import SYSTEM_PROMPT, DigitsDataset, Recipe, corpus, make_example
@@ -46,6 +48,8 @@ class DigitsDataModule(L.LightningDataModule):
         eval_batch_size: the same of validation and test rows: rollouts of few rows at once cost as much as of many.
         seed: of the rows and of the training order, which depends on nothing else but the epoch.
         system_prompt: the same at every stage and in evaluation; None is `prism_pl.chat.SYSTEM_PROMPT`.
+        pass_rates: with `rows: rlvr`, train only on rows whose pass rate in this file of a `predict` run lies in
+            `keep`, bounds included; null trains on all. See `datamodules.difficulty`.
         max_digits, hard_digits, curated, imprecise, skipped, captions, told, explained, families: see
             `digits_rows.Recipe`.
     """
@@ -71,8 +75,14 @@ class DigitsDataModule(L.LightningDataModule):
         explained: float = 0.0,
         families: Sequence[str] = FAMILIES,
         num_workers: int = 0,
+        pass_rates: str | None = None,
+        keep: tuple[float, float] = (0.2, 0.8),
     ) -> None:
         super().__init__()
+        if pass_rates is not None and rows != "rlvr":
+            raise ValueError(f"pass_rates filters the prompts of RLVR, and rows is {rows!r}: set rows: rlvr, or null")
+        self.pass_rates = None if pass_rates is None else Path(pass_rates)
+        self.keep = check_keep(keep)
         sizes = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test, "num_hard": num_hard}
         for name, value in {**sizes, "batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
@@ -95,11 +105,18 @@ class DigitsDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         brief = rows == "pretrain"
-        self.train_rows = DigitsDataset(rows, num_train, seed, self.recipe)
+        self.all_train_rows = DigitsDataset(rows, num_train, seed, self.recipe)
+        self.train_rows: Dataset[Example] = self.all_train_rows
         self.validation_rows = DigitsDataset("validation", num_validation, seed, self.recipe, brief=brief)
         self.test_rows: Dataset[Example] = ConcatDataset(
             [DigitsDataset("test", num_test, seed, self.recipe), DigitsDataset("hard", num_hard, seed, self.recipe)]
         )
+
+    def setup(self, stage: str) -> None:
+        if self.pass_rates is not None and stage == "fit":
+            assert self.trainer is not None
+            rows = self.all_train_rows
+            self.train_rows = keep_by_difficulty(rows, rows.ids, self.pass_rates, self.keep, self.trainer)
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
@@ -118,6 +135,10 @@ class DigitsDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """Test and hard rows in one loader: `meta["family"]` and `meta["split"]` tell them apart."""
         return self._in_order(self.test_rows)
+
+    def predict_dataloader(self) -> DataLoader:
+        """All training rows in order, whatever `pass_rates` keeps of them."""
+        return self._in_order(self.all_train_rows)
 
     def _in_order(self, rows: Dataset[Example]) -> DataLoader:
         return DataLoader(

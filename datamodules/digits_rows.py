@@ -105,7 +105,7 @@ def make_example(
     family = recipe.families[index % len(recipe.families)]
     scene, question = _scene_and_question(split, family, rng, recipe)
     row = Example(
-        id=f"digits-{split}-{seed}-{index}",
+        id=_row_id(split, seed, index),
         question=question.text,
         images=[draw(scene)] if with_image else [],
         answers=[question.answer],
@@ -203,3 +203,12 @@ class DigitsDataset(Dataset[Example]):
         if not 0 <= index < self.num_rows:
             raise IndexError(f"row {index} of {self.num_rows} in {self.split}")
         return make_example(self.split, index, self.seed, self.recipe, brief=self.brief)
+
+    @property
+    def ids(self) -> list[str]:
+        """The rows' ids, without making the rows."""
+        return [_row_id(self.split, self.seed, index) for index in range(self.num_rows)]
+
+
+def _row_id(split: Split, seed: int, index: int) -> str:
+    return f"digits-{split}-{seed}-{index}"

@@ -2,8 +2,16 @@
 
 from modules.align import AdversarialAlignModule
 from modules.evaluate import EvaluateModule
+from modules.pass_rates import PassRateModule
 from modules.rlvr import RLVRModule
 from modules.sft import SFTModule
 from modules.warmup import DiscriminatorModule
 
-__all__ = ["AdversarialAlignModule", "DiscriminatorModule", "EvaluateModule", "RLVRModule", "SFTModule"]
+__all__ = [
+    "AdversarialAlignModule",
+    "DiscriminatorModule",
+    "EvaluateModule",
+    "PassRateModule",
+    "RLVRModule",
+    "SFTModule",
+]

@@ -6,8 +6,9 @@ Output: evaluation.json (a record a prompt and all tables), TensorBoard scalars,
 
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from lightning import LightningModule
 
 import prism_pl
 from prism_pl.batch import Example
-from prism_pl.evaluation import Judge, PromptRecord, keep_earlier, write_json
+from prism_pl.evaluation import Judge, PromptRecord, gathered, keep_earlier, keep_images, write_json
 from prism_pl.evaluation_tables import Tables, make_tables
 from prism_pl.metrics.counting import DEFAULT_RULE, Rule, describe_rule
 from prism_pl.metrics.scene import KnowsScenes
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.report import FILE_NAME, print_evaluation, read_evaluation
-from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling
+from prism_pl.report.evaluations import FILE_NAME, read_evaluation
+from prism_pl.report.screen import print_evaluation
+from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, generate_batch
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -43,6 +45,7 @@ class EvaluateModule(LightningModule):
         name: what tables call this checkpoint; None is the policy's path.
         rule: how descriptive items and reasoning steps are counted, see `prism_pl.metrics.counting`.
         num_resamples, bootstrap_seed: of the 95% intervals over prompts.
+        num_images: of how many prompts a split the images are kept, in `images/`, for a report to show.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class EvaluateModule(LightningModule):
         rule: Rule = DEFAULT_RULE,
         num_resamples: int = 2000,
         bootstrap_seed: int = 0,
+        num_images: int = 32,
     ) -> None:
         super().__init__()
         if sampling.temperature == 0 and num_samples > 1:
@@ -74,9 +78,11 @@ class EvaluateModule(LightningModule):
         self.rule: Rule = rule
         self.num_resamples = num_resamples
         self.bootstrap_seed = bootstrap_seed
+        self.num_images = num_images
         self.processor = policy.processor()
         self.policy: Any = None
         self.records: list[PromptRecord] = []
+        self.num_kept: Counter[str] = Counter()
         self.tables: Tables = {}
 
     def collator(self, examples: Sequence[Example]) -> list[Example]:
@@ -109,17 +115,12 @@ class EvaluateModule(LightningModule):
         datamodule: object = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self.judge = Judge(self.rule, datamodule.scene_checker if isinstance(datamodule, KnowsScenes) else None)
         self.records = []
+        self.num_kept = Counter()
         self.engine.start(self.policy, self.processor, rank=self.global_rank)
 
     def test_step(self, batch: list[Example], batch_idx: int) -> None:
-        sampling = self.sampling
-        if sampling.seed is not None:
-            # One seed for all batches would draw the same noise in each, and prompts would not be independent.
-            sampling = replace(sampling, seed=sampling.seed + batch_idx)
-        rollouts = self.engine.generate(batch, self.num_samples, sampling)
-        for p, example in enumerate(batch):
-            samples = rollouts[p * self.num_samples : (p + 1) * self.num_samples]
-            self.records.append(self._record(example, samples))
+        groups = generate_batch(self.engine, batch, self.num_samples, self.sampling, batch_idx)
+        self.records += [self._record(example, group) for example, group in zip(batch, groups, strict=True)]
 
     def _record(self, example: Example, rollouts: Sequence[Rollout]) -> PromptRecord:
         supervision = None
@@ -133,10 +134,19 @@ class EvaluateModule(LightningModule):
             answers=example.answers,
             policy=[self.judge(r.text, example, len(r.response_ids), r.finish_reason == "length") for r in rollouts],
             supervision=supervision,
+            images=self._kept_images(example),
         )
 
+    def _kept_images(self, example: Example) -> list[str]:
+        """Files of the example's images, where it is among the first prompts of its split on this rank."""
+        split = str(example.meta.get("split", "test"))
+        self.num_kept[split] += 1
+        if self.num_kept[split] > self.num_images // self.trainer.world_size:
+            return []
+        return keep_images(example, self.output_file.parent)
+
     def on_test_epoch_end(self) -> None:
-        self.records = _gathered(self.records)
+        self.records = gathered(self.records, "test")
         if not self.trainer.is_global_zero:
             return
         self.tables = make_tables(self.records, self.pass_k, self.num_resamples, self.bootstrap_seed)
@@ -178,19 +188,3 @@ class EvaluateModule(LightningModule):
         if self.tables:  # printed here, behind the progress bar's last line
             print_evaluation(read_evaluation(self.output_file))
             print(f"written to {self.output_file}")
-
-
-def _gathered(records: list[PromptRecord]) -> list[PromptRecord]:
-    """The records of all ranks, each prompt once: samplers repeat rows to give every rank as many. Two rows with one id
-    are a ValueError: they could not be told apart in a comparison."""
-    parts: list[list[PromptRecord]] = [records]
-    if torch.distributed.is_initialized():
-        parts = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(parts, records)
-    by_id: dict[str, PromptRecord] = {}
-    for record in (record for part in parts for record in part):
-        other = by_id.setdefault(record["id"], record)
-        repeated_by_sampler = len(parts) > 1 and other["question"] == record["question"]
-        if other is not record and not repeated_by_sampler:
-            raise ValueError(f"two rows have the id {record['id']!r}: give every row of the test data its own")
-    return list(by_id.values())

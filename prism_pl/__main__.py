@@ -18,6 +18,8 @@ COMMANDS = {
     "fit": ("train a stage", "prism_pl.cli:run"),
     "validate": ("one pass over the validation split", "prism_pl.cli:run"),
     "test": ("evaluate on the test splits", "prism_pl.cli:run"),
+    "predict": ("measure pass rates of the training prompts", "prism_pl.cli:run"),
+    "report": ("tables and figures of finished runs", "prism_pl.report.command:run"),
 }
 
 HELP = """usage: python -m prism_pl COMMAND [--config FILE] [--KEY VALUE ...]

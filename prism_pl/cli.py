@@ -1,4 +1,4 @@
-"""PrismCLI: Lightning's fit, validate and test over YAML, with a run folder that goes on by itself.
+"""PrismCLI: Lightning's fit, validate, test and predict over YAML, with a run folder that goes on by itself.
 
 The only file of prism_pl that imports modules, datamodules and callbacks, after checking that the names are ours.
 Launch: `python -m prism_pl fit --config align.yaml`.
@@ -126,11 +126,6 @@ class PrismCLI(LightningCLI):
             args=args,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands less `predict`: no stage has a predict_step."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
-
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", [f"prism_pl=={__version__}", f"lightning.pytorch=={pl.__version__}"])
         parser = self.parser_class(**kwargs)
@@ -191,6 +186,11 @@ class PrismCLI(LightningCLI):
         except ValueError as error:
             # jsonargparse wraps what a class says about its arguments in the whole configuration.
             raise own_error(error) from None
+        if self.subcommand == "predict" and type(self.model).predict_step is LightningModule.predict_step:
+            raise UsageError(
+                f"{type(self.model).__name__} has no predict_step. What predict measures is pass rates: "
+                "--config filter.yaml"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[str(self.subcommand)].trainer

@@ -5,15 +5,23 @@ All numbers of the tables follow from the records, so two checkpoints can be com
 
 import json
 import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from prism_pl.batch import Example
 from prism_pl.chat import parse
-from prism_pl.metrics.counting import Rule, count_items
-from prism_pl.metrics.scene import SceneChecker
+from prism_pl.metrics.counting import Rule, count_segment
+
+if TYPE_CHECKING:  # reports read records without torch
+    from prism_pl.batch import Example
+    from prism_pl.metrics.scene import SceneChecker
+
+IMAGES = "images"
 
 Side = Literal["policy", "supervision"]
+Record = TypeVar("Record", bound=Mapping[str, Any])
 SIDES: tuple[Side, ...] = ("policy", "supervision")
 
 
@@ -35,7 +43,8 @@ class ResponseRecord(TypedDict):
 
 
 class PromptRecord(TypedDict):
-    """One prompt with the policy's samples and, where the row has one, the supervision's response."""
+    """One prompt with the policy's samples and, where the row has one, the supervision's response. `images` are the
+    files kept of its images, relative to the evaluation's folder; empty where none were kept."""
 
     id: str
     family: str
@@ -44,6 +53,7 @@ class PromptRecord(TypedDict):
     answers: list[str]
     policy: list[ResponseRecord]
     supervision: ResponseRecord | None
+    images: list[str]
 
 
 class Judge:
@@ -54,7 +64,7 @@ class Judge:
         checker: checks captions and steps against the scene; None where scenes are unknown.
     """
 
-    def __init__(self, rule: Rule, checker: SceneChecker | None = None) -> None:
+    def __init__(self, rule: Rule, checker: "SceneChecker | None" = None) -> None:
         from prism_pl.rewards import AccuracyFormatReward
 
         self.rule: Rule = rule
@@ -62,7 +72,7 @@ class Judge:
         self.strict = AccuracyFormatReward(strict=True)
         self.lenient = AccuracyFormatReward(strict=False)
 
-    def __call__(self, text: str, example: Example, tokens: int, truncated: bool = False) -> ResponseRecord:
+    def __call__(self, text: str, example: "Example", tokens: int, truncated: bool = False) -> ResponseRecord:
         """Judge one response of `tokens` tokens. ValueError for a row without answers."""
         parsed = parse(text)
         caption = reasoning = None
@@ -79,8 +89,8 @@ class Judge:
             lenient=bool(self.lenient([text], [example]).parts["accuracy"].item()),
             tokens=tokens,
             truncated=truncated,
-            items=count_items(parsed.caption, self.rule) if parsed.valid else None,
-            steps=count_items(parsed.reasoning, self.rule) if parsed.valid else None,
+            items=count_segment(text, "caption", self.rule),
+            steps=count_segment(text, "reasoning", self.rule),
             caption=caption,
             reasoning=reasoning,
         )
@@ -93,10 +103,37 @@ def responses_of(record: PromptRecord, side: Side) -> list[ResponseRecord]:
     return [] if record["supervision"] is None else [record["supervision"]]
 
 
+def keep_images(example: "Example", folder: Path, side: int = 512) -> list[str]:
+    """Write the example's images as PNG files, no side longer than `side` pixels. Returns their paths in `folder`."""
+    from prism_pl.processor import open_image
+
+    files = []
+    for number, image in enumerate(example.images):
+        # Ids may hold any character, and two of them must not end in one file.
+        name = re.sub(r"[^\w.-]", "_", example.id)[:80]
+        name += "" if name == example.id else f"-{zlib.crc32(example.id.encode()):08x}"
+        file = folder / IMAGES / f"{name}-{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture = open_image(image, example.id)
+        picture.thumbnail((side, side))
+        picture.save(file)
+        files.append(file.relative_to(folder).as_posix())
+    return files
+
+
 def write_json(content: Any, file: Path) -> None:
     """Write to a temporary name and rename, so that a kill never leaves half a file. NaN becomes null."""
+    _write_text(json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", file)
+
+
+def write_lines(rows: Iterable[Any], file: Path) -> None:
+    """One JSON object a line, written as `write_json` does."""
+    _write_text("".join(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in rows), file)
+
+
+def _write_text(text: str, file: Path) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    temporary.write_text(text)
     temporary.replace(file)
 
 
@@ -108,6 +145,24 @@ def keep_earlier(file: Path) -> None:
     while (earlier := file.with_stem(f"{file.stem}-{number}")).exists():
         number += 1
     file.rename(earlier)
+
+
+def gathered(records: Sequence[Record], split: str) -> list[Record]:
+    """The records of all ranks, each prompt once: samplers repeat rows to give every rank as many. Two rows with one id
+    are a ValueError: they could not be told apart in a comparison."""
+    import torch
+
+    parts: list[list[Record]] = [list(records)]
+    if torch.distributed.is_initialized():
+        parts = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(parts, list(records))
+    by_id: dict[str, Record] = {}
+    for record in (record for part in parts for record in part):
+        other = by_id.setdefault(record["id"], record)
+        repeated_by_sampler = len(parts) > 1 and other.get("question") == record.get("question")
+        if other is not record and not repeated_by_sampler:
+            raise ValueError(f"two rows have the id {record['id']!r}: give every row of the {split} data its own")
+    return list(by_id.values())
 
 
 def _without_nan(content: Any) -> Any:

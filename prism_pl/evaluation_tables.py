@@ -6,6 +6,7 @@ from typing import Literal, TypedDict
 from prism_pl.evaluation import SIDES, PromptRecord, ResponseRecord, Side, responses_of
 from prism_pl.metrics.bootstrap import Interval, bootstrap_interval, ratio_interval
 from prism_pl.metrics.drift_bootstrap import distance_interval
+from prism_pl.metrics.shares import CAPTION_SHARES, STEP_SHARES, Share, present_steps
 
 ALL_FAMILIES = "all"
 
@@ -27,10 +28,20 @@ Tables = dict[str, dict[str, Table]]  # split -> family -> table
 Ratio = Callable[[ResponseRecord], tuple[float, float]]
 
 
-def _share_of(block: Literal["caption", "reasoning"], part: str, whole: Sequence[str]) -> Ratio:
+def _of_caption(share: Share) -> Ratio:
     def ratio(record: ResponseRecord) -> tuple[float, float]:
-        counts = record[block]
-        return (0, 0) if counts is None else (counts[part], sum(counts[key] for key in whole))
+        counts = record["caption"]
+        return (0, 0) if counts is None else share({**counts, "valid": 1})
+
+    return ratio
+
+
+def _of_reasoning(share: Share) -> Ratio:
+    def ratio(record: ResponseRecord) -> tuple[float, float]:
+        counts = record["reasoning"]
+        if counts is None:
+            return 0, 0
+        return share({**counts, "present": present_steps(counts["correct"], counts["expected"])})
 
     return ratio
 
@@ -41,15 +52,6 @@ def _mean_of(key: Literal["items", "steps"]) -> Ratio:
         return (0, 0) if count is None else (count, 1)
 
     return ratio
-
-
-def _caption_exact(record: ResponseRecord) -> tuple[float, float]:
-    return (0, 0) if record["caption"] is None else (record["caption"]["exact"], 1)
-
-
-def _step_completeness(record: ResponseRecord) -> tuple[float, float]:
-    counts = record["reasoning"]
-    return (0, 0) if counts is None else (min(counts["correct"], counts["expected"]), counts["expected"])
 
 
 # Every number is a sum over a sum: what a response adds to both. (0, 0) leaves it out.
@@ -65,11 +67,11 @@ TEXT_RATIOS: dict[str, Ratio] = {
     "reasoning_steps": _mean_of("steps"),
 }
 SCENE_RATIOS: dict[str, Ratio] = {
-    "caption_precision": _share_of("caption", "true", ("true", "invented")),
-    "caption_recall": _share_of("caption", "true", ("true", "missed")),
-    "caption_exact": _caption_exact,
-    "step_correctness": _share_of("reasoning", "correct", ("stated",)),
-    "step_completeness": _step_completeness,
+    "caption_precision": _of_caption(CAPTION_SHARES["precision"]),
+    "caption_recall": _of_caption(CAPTION_SHARES["recall"]),
+    "caption_exact": _of_caption(CAPTION_SHARES["exact"]),
+    "step_correctness": _of_reasoning(STEP_SHARES["right"]),
+    "step_completeness": _of_reasoning(STEP_SHARES["present"]),
 }
 RATIOS = POLICY_RATIOS | TEXT_RATIOS | SCENE_RATIOS
 DISTANCES: dict[str, Literal["items", "steps", "tokens"]] = {

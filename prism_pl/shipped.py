@@ -16,7 +16,7 @@ import yaml
 from prism_pl.errors import UsageError, did_you_mean
 
 # Keys whose values are inputs. Outputs (default_root_dir, dirpath, save_dir) mean the current folder and stay.
-PATH_KEY = re.compile(r"(^|_)(path|paths|file|files|folder|folders)$")
+PATH_KEY = re.compile(r"(^|_)(path|paths|file|files|folder|folders)$|^pass_rates$")
 NO_PATH_KEYS = frozenset({"class_path"})
 
 

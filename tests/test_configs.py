@@ -20,7 +20,8 @@ from tests.stubs import scalars
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
-FIT = [name for name in CONFIGS if name != "evaluate.yaml"]
+OTHERS = {"evaluate.yaml": "test", "filter.yaml": "predict"}
+FIT = [name for name in CONFIGS if name not in OTHERS]
 
 FEW = shlex.split(
     "--trainer.max_steps 2 --trainer.val_check_interval 1 --trainer.limit_val_batches 1 "
@@ -33,6 +34,7 @@ SMALLER = {
     "digits/rlvr_dapo": "--model.num_rollouts 4 --model.num_prompts 1",
     "digits/rlvr_gspo": "--model.num_rollouts 8 --trainer.max_steps 8",  # four steps a batch
     "evaluate": "--data.num_test 4 --data.num_hard 4",
+    "filter": "--data.num_train 4 --model.num_samples 2",
 }
 
 
@@ -91,6 +93,7 @@ TAGS = {
     "rlvr": RLVR_TAGS,
     "digits/rlvr_dapo": RLVR_TAGS | each("rlvr", "overlong", "refills", "shortfall"),
     "digits/rlvr_gspo": RLVR_TAGS,
+    "filter": set(),  # it writes pass_rates.jsonl
     "evaluate": each("evaluate", *(f"{split}/all/{what}" for split in ("test", "hard") for what in ("accuracy",))),
 }
 
@@ -115,7 +118,7 @@ def run_of(config: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     name = config.removesuffix(".yaml")
     if name not in RUNS:
         folder = tmp_path_factory.mktemp("runs") / name
-        command = ["fit", "--config", config, *FEW] if config in FIT else ["test", "--config", config]
+        command = ["fit", "--config", config, *FEW] if config in FIT else [OTHERS[config], "--config", config]
         small = shlex.split(SMALLER.get(name, ""))
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path_factory.mktemp("elsewhere"))

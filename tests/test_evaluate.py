@@ -3,24 +3,29 @@
 import json
 import math
 import shutil
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from scipy.stats import wasserstein_distance
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from modules.evaluate import EvaluateModule
 from prism_pl.chat import render
+from prism_pl.metrics import CaptionFaithfulness, DescriptiveItems, DistributionDistance, PassAtK, StepCorrectness
 from prism_pl.metrics.drift_bootstrap import distance_interval, paired_distance_difference
 from prism_pl.policy import PolicySpec
-from prism_pl.report import differences, read_evaluation, results_table
+from prism_pl.report.comparisons import differences
+from prism_pl.report.evaluations import read_evaluation
+from prism_pl.report.tables import results_table
 from prism_pl.rollout.engine import Rollout, Sampling
 from prism_pl.rollout.transformers_engine import TransformersEngine
-from scripts.results_table import main as results_main
 from tests.conftest import make_examples
 
 RIGHT = render("- red 3 at top left\n- blue 7 at centre", "1. 3 + 7 = 10", "10")  # 2 items, 1 step
@@ -149,7 +154,38 @@ def test_tables_by_hand(random_policy, tmp_path, capsys):
     assert module.tables["hard"]["all"]["accuracy"]["prompts"] == 1
     shown = capsys.readouterr().out
     assert "50.0 [50.0, 50.0]" in shown  # three prompts
-    assert "50.0 [nan, nan]" in shown  # a single one
+    assert "50.0 [n/a]" in shown  # a single one
+
+
+def test_tables_are_the_metrics_of_the_same_name(random_policy, tmp_path):
+    texts = [RIGHT, WRONG, BARE]
+    options = {"engine": Scripted(texts, lengths=[4, 8, 2]), "num_samples": 3, "pass_k": [1, 2]}
+    module = evaluate(tmp_path, random_policy, [], **options)
+    found = means(module.tables["test"]["all"])
+    responses = [response for record in module.records[:3] for response in record["policy"]]
+    captions, steps = CaptionFaithfulness(), StepCorrectness()
+    for response in responses:
+        if (caption := response["caption"]) is not None:
+            said = ["t"] * caption["true"] + ["i"] * caption["invented"]
+            captions.update([said], [["t"] * (caption["true"] + caption["missed"])])
+        if (reasoning := response["reasoning"]) is not None:
+            steps.update(**{name: [count] for name, count in reasoning.items()})
+    for metric, names in (
+        (captions, {"precision": "caption_precision", "recall": "caption_recall"}),
+        (steps, {"right": "step_correctness", "present": "step_completeness"}),
+    ):
+        for name, column in names.items():
+            assert metric.compute()[name].item() == pytest.approx(found[f"{column}/policy"])
+    distance, items = DistributionDistance(segment="caption"), DescriptiveItems()
+    demonstrations = [example.response for example in module.trainer.datamodule.examples[:3]]
+    distance.update(policy=texts * 3, supervision=demonstrations)
+    items.update(texts * 3)
+    assert distance.compute()["distance"].item() == pytest.approx(found["descriptive_items/distance"])
+    assert items.compute()["mean"].item() == pytest.approx(found["descriptive_items/policy"])
+    right = PassAtK([1, 2])
+    right.update(torch.tensor([[1, 0, 0]] * 3))
+    for k in (1, 2):
+        assert right.compute()[f"pass_at_{k}"].item() == pytest.approx(found[f"pass_at_{k}"])
 
 
 def test_malformed_responses_count_for_nothing_but_format_and_lenient_accuracy(random_policy, tmp_path):
@@ -237,13 +273,11 @@ def test_another_policy_under_the_same_name_is_refused(random_policy, tmp_path):
     assert read_evaluation(tmp_path / "run").table("test")["accuracy"]["mean"] == 1.0
 
 
-def test_results_table_and_paired_differences(random_policy, tmp_path, capsys):
+def test_paired_differences(random_policy, tmp_path):
     evaluate(tmp_path / "a", random_policy, [RIGHT, RIGHT], name="align")
     evaluate(tmp_path / "b", random_policy, [RIGHT, WRONG], name="sft")
     a, b = read_evaluation(tmp_path / "a"), read_evaluation(tmp_path / "b" / "evaluation.json")
-    table = results_table([a, b])
-    assert "| align | 100.0 [100.0, 100.0] |" in table
-    assert "| supervision |" in table
+    assert "| align | 100.0 [100.0, 100.0] |" in "\n".join(results_table({"align": a, "sft": b}))
     found = differences(a, b)
     # Every prompt has the same responses, so each resample gives the same difference and the interval is a point.
     assert found["accuracy"] == pytest.approx((0.5, 0.5, 0.5, 3))
@@ -251,25 +285,20 @@ def test_results_table_and_paired_differences(random_policy, tmp_path, capsys):
     assert found["reasoning_steps/distance"] == pytest.approx((0.5, 0.5, 0.5, 3))  # |1 - 3| - 1.5
     assert found["caption_precision"] == pytest.approx((2 / 3 - 0.6,) * 3 + (3,))
     assert found["format"].excludes_zero() is False
-    out = tmp_path / "results" / "table.md"
-    results_main([str(tmp_path / "a"), str(tmp_path / "b"), "--pairs", "align:sft", "--out", str(out)])
-    report = out.read_text()
-    assert "| align - sft | accuracy | +0.500 | [+0.500, +0.500] | * |" in report
-    assert "3 prompts of test" in report
-    assert "seed 0" in report
-    assert "--pairs align:sft" in report
-    assert report in capsys.readouterr().out
-    both = [str(tmp_path / "a"), str(tmp_path / "b")]
-    results_main([*both, "--require", "align:sft:accuracy:up", "align:sft:descriptive_items/distance:down"])
-    with pytest.raises(SystemExit, match=r"not met: sft:align:accuracy:kept: the difference is -0\.500"):
-        results_main([*both, "--require", "sft:align:accuracy:kept"])
-    with pytest.raises(SystemExit, match=r"--require 'align:sft:accuracy:rise': give name:name:metric:up\|down\|kept"):
-        results_main([*both, "--require", "align:sft:accuracy:rise"])
-    with pytest.raises(SystemExit, match="names 'sfd'; the evaluations are align, sft"):
-        results_main([str(tmp_path / "a"), str(tmp_path / "b"), "--pairs", "align:sfd"])
     evaluate(tmp_path / "c", random_policy, [RIGHT, RIGHT], name="by lines", rule="lines")
     with pytest.raises(ValueError, match="different rules"):
-        results_table([a, read_evaluation(tmp_path / "c")])
+        results_table({"align": a, "by lines": read_evaluation(tmp_path / "c")})
+
+
+def test_images_of_the_first_prompts_of_each_split_are_kept(random_policy, tmp_path):
+    data = RowsWithScenes()
+    data.examples[0].id = "a/b: 1"
+    data.examples[1].images = [Image.new("RGB", (1024, 64)), Image.new("RGB", (32, 32))]
+    evaluate(tmp_path, random_policy, [RIGHT, WRONG], data, num_images=2)
+    kept = {record["id"]: record["images"] for record in read_evaluation(tmp_path).records}
+    assert [len(kept[id]) for id in ("a/b: 1", "row-1", "row-2", "row-3")] == [1, 2, 0, 1]  # row-3 is hard
+    assert sorted(f"images/{path.name}" for path in (tmp_path / "images").iterdir()) == sorted(chain(*kept.values()))
+    assert [Image.open(tmp_path / name).size for name in kept["row-1"]] == [(512, 32), (32, 32)]
 
 
 def test_distance_bootstrap_is_wasserstein_and_pairs_the_prompts():

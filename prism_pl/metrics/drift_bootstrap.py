@@ -44,6 +44,12 @@ def paired_distance_difference(
     return _interval(histograms_SPK, gaps_K, num_resamples, level, seed)
 
 
+def histogram_distance(policy_K: np.ndarray, supervision_K: np.ndarray) -> float:
+    """W1 between two histograms over 0 ... K-1, or NaN where one is empty: the estimate of `distance_interval`."""
+    pooled_SRK = np.stack([policy_K, supervision_K])[:, None].astype(np.float64)
+    return float(_statistic(pooled_SRK, np.ones(len(policy_K) - 1))[0])
+
+
 def _histograms(sides: Sequence[Counts]) -> tuple[np.ndarray, np.ndarray]:
     """For each side and prompt how often each of the K values that occur stands there, and the gaps between values."""
     ids = sorted(sides[0])

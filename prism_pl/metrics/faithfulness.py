@@ -6,12 +6,14 @@ metrics compare and count. All states are integer sums: exact under data paralle
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from prism_pl.metrics.shares import CAPTION_SHARES, STEP_SHARES, Counts, Share, present_steps
 
 # The strings a caption states, or a scene holds, each as often as it does so.
 Items = Iterable[str]
@@ -78,16 +80,9 @@ class CaptionFaithfulness(Metric):
         """Over valid responses: `precision` (true / stated items), `recall` (true / items in the scenes), `exact`
         (share of captions with nothing missed or invented); the totals `true`, `missed`, `invented`; `n` valid
         responses and `malformed` ones, which enter nothing else. A share of nothing is NaN."""
-        return {
-            "precision": self.num_true / (self.num_true + self.num_invented),
-            "recall": self.num_true / (self.num_true + self.num_missed),
-            "exact": self.num_exact / self.num_valid,
-            "true": self.num_true,
-            "missed": self.num_missed,
-            "invented": self.num_invented,
-            "n": self.num_valid,
-            "malformed": self.num_malformed,
-        }
+        totals = {"true": self.num_true, "missed": self.num_missed, "invented": self.num_invented}
+        counts = {**totals, "exact": self.num_exact, "valid": self.num_valid}
+        return _shares(CAPTION_SHARES, counts) | totals | {"n": self.num_valid, "malformed": self.num_malformed}
 
 
 class StepCorrectness(Metric):
@@ -132,7 +127,7 @@ class StepCorrectness(Metric):
             ValueError: different lengths, or `correct` above `stated`, or `present` above `expected`.
         """
         if present is None:
-            present = [min(pair) for pair in zip(correct, expected, strict=False)]
+            present = [present_steps(*pair) for pair in zip(correct, expected, strict=False)]
         if len({len(correct), len(stated), len(expected), len(present)}) > 1:
             sizes = f"{len(correct)}, {len(stated)}, {len(expected)} and {len(present)}"
             raise ValueError(f"correct, stated, expected and present need one number a response, and hold {sizes}")
@@ -152,11 +147,18 @@ class StepCorrectness(Metric):
     def compute(self) -> dict[str, Tensor]:
         """`right` (correct / stated), `present` (expected steps that are there / expected), `n` responses. Shares are
         of all steps together, so a long response weighs more; a share of nothing is NaN."""
-        return {
-            "right": self.num_correct / self.num_stated,
-            "present": self.num_present / self.num_expected,
-            "n": self.num_responses,
+        counts = {
+            "correct": self.num_correct,
+            "stated": self.num_stated,
+            "present": self.num_present,
+            "expected": self.num_expected,
         }
+        return _shares(STEP_SHARES, counts) | {"n": self.num_responses}
+
+
+def _shares(shares: Mapping[str, Share], counts: Counts) -> dict[str, Tensor]:
+    parts = {name: share(counts) for name, share in shares.items()}
+    return {name: numerator / denominator for name, (numerator, denominator) in parts.items()}
 
 
 def _multiset(items: Items) -> Counter[str]:

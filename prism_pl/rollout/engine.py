@@ -1,7 +1,7 @@
 """What a rollout engine is: anything with these methods can be named in YAML."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -132,3 +132,14 @@ class RolloutEngine(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+def generate_batch(
+    engine: RolloutEngine, examples: Sequence[Example], num_samples: int, sampling: Sampling, batch_idx: int
+) -> list[list[Rollout]]:
+    """The rollouts of each example of a loader's batch, outside training. The batches' seeds count up from the one of
+    `sampling`: one seed for all would draw the same noise in each, and prompts would not be independent."""
+    if sampling.seed is not None:
+        sampling = replace(sampling, seed=sampling.seed + batch_idx)
+    rollouts = engine.generate(examples, num_samples, sampling)
+    return [rollouts[p * num_samples : (p + 1) * num_samples] for p in range(len(examples))]

@@ -1,0 +1,71 @@
+"""Pass rates as `predict` writes them, and the file's readers share. One line of `pass_rates.jsonl`:
+
+{"id": "digits-rlvr-0-0", "pass_rate": 0.375, "num_samples": 8, "num_correct": 3, "format_rate": 1.0}
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+PASS_RATES = "pass_rates.jsonl"
+KEPT_IDS = "kept_ids.json"
+
+
+class PassRate(TypedDict):
+    """A line: the shares of a prompt's samples that are right, and that have the format."""
+
+    id: str
+    pass_rate: float
+    num_samples: int
+    num_correct: int
+    format_rate: float
+
+
+def read_pass_rates(file: Path) -> dict[str, float]:
+    """Row id -> pass rate.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is no pass rate, an id that stands twice, or an empty file; names file and line.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"data.pass_rates: there is no file {file}. Measure pass rates first: python -m prism_pl predict "
+            "--config filter.yaml --model.policy.path POLICY --trainer.default_root_dir FOLDER"
+        )
+    rates: dict[str, float] = {}
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        where = f"{file}, line {number}"
+        id, rate = _pass_rate(line, where)
+        if id in rates:
+            raise ValueError(f"{where}: the row {id!r} stands twice; give each row one pass rate")
+        rates[id] = rate
+    if not rates:
+        raise ValueError(f"{file} holds no pass rates: measure them anew (python -m prism_pl predict)")
+    return rates
+
+
+def _pass_rate(line: str, where: str) -> tuple[str, float]:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not a JSON object ({error.msg}): {line[:60]!r}") from None
+    if not isinstance(row, dict) or "id" not in row or "pass_rate" not in row:
+        raise ValueError(f'{where}: give an object with "id" and "pass_rate", not {line[:60]!r}')
+    rate = row["pass_rate"]
+    number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if not number or not math.isfinite(rate) or not 0 <= rate <= 1:
+        raise ValueError(f"{where}: pass_rate is {rate!r}; it is a share, from 0 to 1")
+    return str(row["id"]), float(rate)
+
+
+def histogram(rates: Sequence[float], most: int = 17) -> str:
+    """How many rows have each pass rate, `0 x 3, 0.5 x 1`; tenths where more than `most` rates occur."""
+    counts = Counter(rates)
+    if len(counts) <= most:
+        return ", ".join(f"{rate:.3g} x {counts[rate]}" for rate in sorted(counts))
+    tenths = Counter(min(int(rate * 10), 9) for rate in rates)
+    return ", ".join(f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f} x {tenths[tenth]}" for tenth in sorted(tenths))
