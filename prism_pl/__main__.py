@@ -18,6 +18,7 @@ COMMANDS = {
     "fit": ("train a stage", "prism_pl.cli:run"),
     "validate": ("one pass over the validation split", "prism_pl.cli:run"),
     "test": ("evaluate on the test splits", "prism_pl.cli:run"),
+    "pipeline": ("all stages, with a ledger of them", "prism_pl.pipeline.command:run"),
 }
 
 HELP = """usage: python -m prism_pl COMMAND [--config FILE] [--KEY VALUE ...]
