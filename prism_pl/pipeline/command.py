@@ -1,8 +1,9 @@
 """`python -m prism_pl pipeline ...`: reads the command line, plans, runs, and says how it ended."""
 
 import argparse
+import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,6 +52,8 @@ def run(args: list[str], runner: Runner | None = None) -> None:
         PipelineFailed: a stage failed.
         Stopped: Ctrl+C.
     """
+    if "LOCAL_RANK" in os.environ:
+        raise UsageError("The pipeline is started once, not by torchrun: its stages start their own processes.")
     options, settings = _parse(args[1:])
     command = "python -m prism_pl " + shlex.join(args)
     pipeline = load_pipeline(options.config, _overrides(options, settings))
@@ -72,13 +75,7 @@ def run(args: list[str], runner: Runner | None = None) -> None:
             command = _in_folder(args, folder)
     start = Start(pipeline, graph, options.update, command)
     if options.dry_run:
-        ledger = ledger or Ledger.read(folder) or Ledger.new(folder, command)
-        plan = start.plan(ledger, runner or ProcessRunner())
-        try:
-            refuse_changes(plan, ledger.folder)
-        except UsageError as error:
-            print(f"It would stop: {error}")
-        print("A dry run: nothing was started, and nothing written.")
+        start.try_out(ledger or Ledger.read(folder) or Ledger.new(folder, command), runner or ProcessRunner())
         return
     with locked(ledger.folder if ledger else folder) as lock:
         # Read under the lock: until now another pipeline may have written it.
@@ -111,22 +108,45 @@ class Start:
         if any(ledger.stages[name]["taken_from"] for name in anew):
             # What was taken from another pipeline runs anew in this one's folder.
             self.wanted = self._resolve(ledger, runner, anew)
-        _print_plan(plan, ledger)
+        print(f"Pipeline in {ledger.folder}:")
+        width = max(map(len, plan))
+        for name, step in plan.items():
+            print(f"  {step.action:<6}  {name:<{width}}  {step.reason}")
+        for name in ledger.content["dropped"]:
+            print(f"  {'-':<6}  {name:<{width}}  no longer in the pipeline; left as it is")
         return plan
+
+    def try_out(self, ledger: Ledger, runner: Runner) -> None:
+        """Print what `run` would do."""
+        plan = self.plan(ledger, runner)
+        try:
+            refuse_changes(plan, ledger.folder)
+        except UsageError as error:
+            print(f"\nIt would stop: {error}")
+        else:
+            commands = [self.wanted[name].args for name, step in plan.items() if step.action != "skip"]
+            print("\nIt would run:" if commands else "\nEverything is finished: nothing would run.")
+            for args in commands:
+                print(f"  python -m prism_pl {shlex.join(args)}")
+        print("\nA dry run: nothing was started, and nothing written.")
 
     def run(self, ledger: Ledger, runner: Runner) -> None:
         """Plan, and do it."""
         plan = self.plan(ledger, runner)
         refuse_changes(plan, ledger.folder)
-        ledger.content["command"] = self.command
         if all(step.action == "skip" for step in plan.values()):
+            before = Ledger.read(ledger.folder)
+            ledger.content["status"] = "finished"
+            if before is None or before.content != ledger.content:  # stages were dropped, or all were taken over
+                ledger.write()
             seconds = sum(entry["seconds"] or 0 for entry in ledger.stages.values())
             print(
                 f"{ledger.folder} was finished already: {len(plan)} stages in {took(seconds)}. Nothing to do. Change "
                 "settings and give --update, fork with --from STAGE, or start anew with --fresh."
             )
             return
-        runner.prepare()
+        ledger.content["command"] = self.command
+        runner.prepare([self.wanted[name].config for name, step in plan.items() if step.action != "skip"])
         parallel = self.pipeline.options.parallel
         Execution(self.graph, self.wanted, plan, ledger, runner, parallel, self.command).run()
         reports = [ledger.path(e) / "report.md" for e in ledger.stages.values() if e["kind"] == "report"]
@@ -176,7 +196,12 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
             raise UsageError(f"{word} needs a value.")
         stage, _, key = name.removeprefix("--").partition(".")
         settings.append((stage, key, value if equals else words.pop(0)))
-    return _parser().parse_args(others), settings
+    parser = _parser()
+    options, unknown = parser.parse_known_args(others)
+    if unknown:
+        near = did_you_mean(unknown[0], parser._option_string_actions)
+        raise UsageError(f"There is no option {unknown[0]}.{near} All options: python -m prism_pl pipeline --help")
+    return options, settings
 
 
 def _parser() -> Parser:
@@ -223,15 +248,6 @@ def _overrides(options: argparse.Namespace, settings: Sequence[tuple[str, str, s
     for stage, key, value in settings:
         stages.setdefault(stage, {"set": {}})["set"][key] = value
     return tree | ({"stages": stages} if stages else {})
-
-
-def _print_plan(plan: Mapping[str, Step], ledger: Ledger) -> None:
-    print(f"Pipeline in {ledger.folder}:")
-    width = max(map(len, plan))
-    for name, step in plan.items():
-        print(f"  {step.action:<6}  {name:<{width}}  {step.reason}")
-    for name in ledger.content["dropped"]:
-        print(f"  {'-':<6}  {name:<{width}}  no longer in the pipeline; left as it is")
 
 
 def _in_folder(args: Sequence[str], folder: Path) -> str:

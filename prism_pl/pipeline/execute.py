@@ -221,10 +221,11 @@ class Execution:
         print(f"[{name}] {status} in {took(attempt['seconds'])}{_exit(code)}", flush=True)
 
     def _say_how_it_ended(self) -> None:
-        if not self.failed and not self.interrupted:
-            return
-        self.ledger.content["status"] = "failed" if self.failed else "interrupted"
+        ended = all(entry["status"] == "finished" for entry in self.ledger.stages.values())
+        self.ledger.content["status"] = "finished" if ended else "failed" if self.failed else "interrupted"
         self.ledger.write()
+        if ended:
+            return
         if self.interrupted and not self.failed:
             names = [name for name, entry in self.ledger.stages.items() if entry["status"] == "interrupted"]
             where = f" in {', '.join(names)}" if names else ""

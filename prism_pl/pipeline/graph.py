@@ -94,8 +94,12 @@ def _in_order(waits_for: Mapping[str, set[str]], where: str) -> list[str]:
     while len(placed) < len(waits_for):
         ready = [name for name, others in waits_for.items() if name not in placed and others <= set(placed)]
         if not ready:
-            circle = ", ".join(name for name in waits_for if name not in placed)
-            raise UsageError(f"{where}: each of {circle} refers to another of them. Cut the circle of references.")
+            # Every stage left waits for another one that is left: following them leads into the circle.
+            circle = [name for name in waits_for if name not in placed][:1]
+            while circle[-1] not in circle[:-1]:
+                circle.append(next(name for name in waits_for if name in waits_for[circle[-1]] - set(placed)))
+            circle = circle[circle.index(circle[-1]) :]
+            raise UsageError(f"{where}: the references go in a circle, {' <- '.join(circle)}. Cut it.")
         placed.append(ready[0])
     return placed
 

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -22,6 +22,7 @@ from prism_pl.errors import UsageError
 
 # Colours, cursor movements and titles that a terminal understands and a log should not hold.
 TERMINAL_CODE = re.compile(rb"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")
+ENGINES = re.compile(r"prism_pl\.rollout\.(\w+\.)*(AutoEngine|VLLMEngine)")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -44,8 +45,8 @@ class Runner(Protocol):
         """The complete configuration of a command, as plain values. UsageError where it is wrong."""
         ...
 
-    def prepare(self) -> None:
-        """What can be done once for all stages, before the first starts."""
+    def prepare(self, configs: Iterable[dict[str, Any]]) -> None:
+        """What can be done once for all stages, whose configurations are given, before the first starts."""
         ...
 
     def start(self, args: list[str], log: Path, threads: int | None, on_screen: bool) -> Job:
@@ -73,9 +74,9 @@ class ProcessRunner:
             self._cli = Resolver()
         return self._cli(args)
 
-    def prepare(self) -> None:
-        """Import what every command needs. Nothing is computed: a fork would lack the threads that compute."""
-        if not can_fork():
+    def prepare(self, configs: Iterable[dict[str, Any]]) -> None:
+        """Import what the commands need. Nothing is computed: a fork would lack the threads that compute."""
+        if not can_fork() or not any(ENGINES.search(str(config)) for config in configs):
             return
         from prism_pl.rollout.vllm_compat import import_vllm
 

@@ -22,6 +22,7 @@ other YAML (`prism_pl.shipped`).
 import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +133,7 @@ def load_pipeline(files: Sequence[str], overrides: Mapping[str, Any]) -> Pipelin
     for name in overrides.get("stages", {}):
         if name not in known:
             near = did_you_mean(name, known)
-            raise UsageError(f"--{name}....: there is no stage {name!r}.{near} Stages: {', '.join(known)}.")
+            raise UsageError(f"--{name}.KEY: there is no stage {name!r}.{near} Stages: {', '.join(known)}.")
     sources.trees.append((COMMAND_LINE, _resolved(dict(overrides), Path.cwd())))
     merged = sources.merged()
     defaults, stages = (_mapping(merged.pop(key, None), sources, key) for key in ("defaults", "stages"))
@@ -191,7 +192,7 @@ def _checked(cls: Any, tree: Any, sources: Sources, keys: tuple[str, ...], known
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls)
     try:
-        parsed = parser.parse_object(tree)
+        parsed = parser.parse_object(deepcopy(tree))  # it changes what it is given
     except Exception as error:  # jsonargparse raises argparse's and its own
         said = explain(str(error), nested_keys(parser)).replace("Name a configuration (--config align.yaml) or g", "G")
         raise UsageError(f"{sources.where(*keys)}{': ' if keys else ''}{said}") from None
