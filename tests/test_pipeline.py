@@ -1,5 +1,6 @@
 """The pipeline's ledger and what a second start makes of it, with stages that take no time."""
 
+import json
 import os
 import re
 import signal
@@ -297,6 +298,26 @@ def test_a_stage_that_leaves_nothing_to_start_from_is_named():
         PipelineFailed, match=r"starts from run/sft/export-best, which sft did not write. Add callbacks"
     ):
         start()
+
+
+def test_a_lost_checkpoint_is_not_begun_anew_unasked():
+    with pytest.raises(PipelineFailed):
+        start(runner=FakeRunner({"align": 1}))
+    Path("run/align/progress.json").write_text('{"step": 20}')
+    with pytest.raises(UsageError, match=r"align: run/align/checkpoints/last\.ckpt, to go on from, is gone"):
+        start()
+    assert start("--update").started == ["align", *ALL[3:], "report"]
+    assert Path("run/earlier/align/progress.json").exists()
+
+
+def test_the_step_is_the_one_that_the_stage_itself_noted():
+    with pytest.raises(PipelineFailed):
+        start(runner=FakeRunner({"align": 1}))
+    save_checkpoint("align", 20)
+    line = {"time": "9999-01-01T00:00:00+00:00", "step": 10, "checkpoint": "checkpoints/previous.ckpt"}
+    Path("run/align/starts.jsonl").write_text(json.dumps(line) + "\n")
+    start()
+    assert ledger()["stages"]["align"]["resumed_from_step"] == 10
 
 
 def test_a_second_pipeline_in_one_folder_is_refused():

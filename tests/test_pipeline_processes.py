@@ -13,8 +13,11 @@ import torch
 import yaml
 
 from prism_pl.__main__ import main
+from prism_pl.pipeline.graph import build_graph
+from prism_pl.pipeline.schema import load_pipeline
 
 ROOT = Path(__file__).parent.parent
+STAGES = ("align.yaml", "rlvr.yaml")
 DUMMY = """
 trainer:
   {max_steps: 400, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false, logger: false,
@@ -99,6 +102,29 @@ def test_help_answers_in_five_seconds_without_importing_torch(tmp_path):
     assert result.returncode == 0
     assert "--from STAGE" in result.stdout
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.skipif(not (ROOT / "configs" / "filter.yaml").exists(), reason="there is no difficulty filter yet")
+def test_the_shipped_pipeline_is_whole(tmp_path, monkeypatch, capsys):
+    """Every stage's command line is read by the real parsers, and nothing runs."""
+    monkeypatch.chdir(tmp_path)
+    pipeline = load_pipeline(["pipeline.yaml"], {})
+    graph = build_graph(pipeline)
+    assert graph["sft-rlvr"].parents == {"sft": ("export",), "filter-sft": ("pass_rates",)}
+    trained = {name for name, node in graph.items() if node.stage.command == "fit"} - {"warmup"}
+    evaluated = {parent for node in graph.values() if node.stage.command == "test" for parent in node.parents}
+    assert evaluated == trained
+    assert graph.below({"rlvr"}) == {"evaluate-rlvr", "report"}
+
+    assert main(["pipeline", "--config", "pipeline.yaml", "--dry-run"]) == 0
+    steps = {}
+    for line in capsys.readouterr().out.splitlines():
+        if "--config" in line and "/rlvr.yaml" in line:
+            words = line.split()
+            steps[words[-1]] = words[words.index("--trainer.max_steps") + 1] if "--trainer.max_steps" in words else None
+    alone = [yaml.safe_load((ROOT / "configs" / name).read_text())["trainer"]["max_steps"] for name in STAGES]
+    assert steps == {"runs/pipeline/rlvr": None, "runs/pipeline/sft-rlvr": str(sum(alone))}
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from prism_pl.fingerprint import hash_path, hash_value, versions
 from prism_pl.ledger import EARLIER, Attempt, Entry, Ledger, Status, free_folder, now
 from prism_pl.pipeline.graph import OUTPUTS, Graph
 from prism_pl.pipeline.jobs import SIGNALS, Job, Runner, num_cores
-from prism_pl.pipeline.plan import LAST_CHECKPOINT, Step, Wanted, took
-from prism_pl.pipeline.results import outputs_of, results_of, step_of
+from prism_pl.pipeline.plan import Step, Wanted, checkpoint_in, took
+from prism_pl.pipeline.results import begun_at, outputs_of, results_of, step_of
 
 LOG = "stage.log"
 # What a command that ended well has written; what a fit has to leave, its children say.
@@ -156,7 +156,7 @@ class Execution:
         wanted, folder = self.wanted[name], self.ledger.folder / name
         entry = self._new_entry(name)
         entry["attempts"], entry["parents"] = self.ledger.stages[name]["attempts"], parents
-        step = step_of(folder / LAST_CHECKPOINT) if entry["kind"] == "fit" else None
+        step = step_of(checkpoint_in(folder)) if entry["kind"] == "fit" else None
         attempt = Attempt(
             started=now(), ended=None, seconds=None, status="running", exit_code=None, resumed_from_step=step
         )
@@ -213,7 +213,9 @@ class Execution:
             self.interrupted = True
         attempt = entry["attempts"][-1]
         attempt.update(ended=now(), seconds=round(time.monotonic() - start, 1), status=status, exit_code=code)
+        attempt["resumed_from_step"] = begun_at(folder, attempt)
         entry["status"], entry["exit_code"], entry["ended"] = status, code, attempt["ended"]
+        entry["resumed_from_step"] = attempt["resumed_from_step"]
         entry["seconds"] = round(sum(one["seconds"] or 0 for one in entry["attempts"]), 1)
         self.ledger.write()
         if status == "failed":

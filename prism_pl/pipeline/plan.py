@@ -13,7 +13,9 @@ from prism_pl.pipeline.graph import OUTPUTS, Graph
 from prism_pl.pipeline.schema import is_path_key
 
 Action = Literal["skip", "resume", "run", "rerun", "stop"]
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+# Of a fit's folder, the newest first; progress.json says that there has been one.
+CHECKPOINTS = ("checkpoints/last.ckpt", "checkpoints/previous.ckpt")
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def make_plan(graph: Graph, wanted: Mapping[str, Wanted], ledger: Ledger, update
             changes += altered(entry, ledger)
             step = Step("skip", f"finished {entry['ended']} in {took(entry['seconds'])}; nothing changed since")
         else:
+            changes += _lost(entry, ledger)
             step = Step("resume", _how_it_goes_on(entry, ledger))
         if changes or anew:
             reason = "; ".join(changes) or f"{', '.join(anew)} runs first"
@@ -147,13 +150,26 @@ def altered(entry: Entry, ledger: Ledger) -> list[str]:
 
 def _how_it_goes_on(entry: Entry, ledger: Ledger) -> str:
     state = "killed" if entry["status"] == "running" else entry["status"]
-    checkpoint = ledger.path(entry) / LAST_CHECKPOINT
-    return f"{state} before; goes on from {checkpoint}" if checkpoint.exists() else f"{state} before; starts anew"
+    checkpoint = checkpoint_in(ledger.path(entry))
+    return f"{state} before; goes on from {checkpoint}" if checkpoint else f"{state} before; starts anew"
+
+
+def checkpoint_in(folder: Path) -> Path | None:
+    """What a fit goes on from, or None."""
+    return next((folder / name for name in CHECKPOINTS if (folder / name).exists()), None)
+
+
+def _lost(entry: Entry, ledger: Ledger) -> list[str]:
+    """A fit that had a checkpoint and has none is not silently begun anew."""
+    folder = ledger.path(entry)
+    lost = (folder / PROGRESS).exists() and checkpoint_in(folder) is None
+    return [f"{folder / CHECKPOINTS[0]}, to go on from, is gone"] if lost else []
 
 
 def _nothing_to_lose(entry: Entry, ledger: Ledger) -> bool:
     """A stage that broke before its first checkpoint has nothing that --update would have to be asked for."""
-    return entry["status"] != "finished" and not (ledger.path(entry) / LAST_CHECKPOINT).exists()
+    folder = ledger.path(entry)
+    return entry["status"] != "finished" and checkpoint_in(folder) is None and not (folder / PROGRESS).exists()
 
 
 def refuse_changes(plan: Mapping[str, Step], run_folder: Path, others: Sequence[str] = ()) -> None:

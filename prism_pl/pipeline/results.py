@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prism_pl.fingerprint import hash_path
-from prism_pl.ledger import Entry
+from prism_pl.ledger import Attempt, Entry
 from prism_pl.pipeline.graph import OUTPUTS
 
 KEPT = (0.2, 0.8)  # pass rates that RLVR trains on
@@ -30,9 +30,21 @@ def results_of(entry: Entry, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def step_of(checkpoint: Path) -> int | None:
+def begun_at(folder: Path, attempt: Attempt) -> int | None:
+    """The step that an attempt went on from: as the fit itself noted in starts.jsonl, else as expected before it."""
+    file = folder / "starts.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    if not lines:
+        return attempt["resumed_from_step"]
+    start = json.loads(lines[-1])
+    if start["time"] < attempt["started"]:  # it ended before it began to train
+        return attempt["resumed_from_step"]
+    return start["step"] if start["checkpoint"] is not None else None
+
+
+def step_of(checkpoint: Path | None) -> int | None:
     """The step of a checkpoint; None where there is none, or it is one of several files or cannot be read."""
-    if not checkpoint.is_file():
+    if checkpoint is None or not checkpoint.is_file():
         return None
     import torch
 
