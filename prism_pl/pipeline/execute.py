@@ -65,7 +65,8 @@ class Execution:
             while self._start_ready() or self.running:
                 for name in list(self.running):
                     self._look_at(name)
-                time.sleep(PAUSE)
+                if self.running:
+                    time.sleep(PAUSE)
         except BaseException:
             self._end_all()
             raise

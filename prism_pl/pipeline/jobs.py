@@ -66,7 +66,7 @@ class ProcessRunner:
         self._cli: Any = None
 
     def resolve(self, args: list[str]) -> dict[str, Any]:
-        from prism_pl.cli import Resolver
+        from prism_pl.pipeline.resolve import Resolver
 
         if args[0] == "report":
             return _options(args)
