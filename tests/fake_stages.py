@@ -9,6 +9,7 @@ import yaml
 
 from prism_pl.errors import UsageError
 from prism_pl.pipeline.command import run
+from prism_pl.pipeline.jobs import ProcessRunner
 
 PIPELINE = """
 stages:
@@ -63,8 +64,9 @@ class FakeRunner:
 
     def resolve(self, args: list[str]) -> dict[str, Any]:
         config: dict[str, Any] = {}
-        words = args[2:] if args[0] == "report" else args[1:]
-        for key, value in zip(words[::2], words[1::2], strict=True):
+        if args[0] == "report":
+            return ProcessRunner().resolve(args)
+        for key, value in zip(args[1::2], args[2::2], strict=True):
             if key == "--config":
                 config |= yaml.safe_load(Path(value).read_text())
                 continue

@@ -95,6 +95,13 @@ def test_a_second_file_changes_and_drops_stages():
     assert ledger()["stages"]["sft"]["config"]["model"]["lr"] == 3
 
 
+def test_lists_are_words_of_the_report_and_an_empty_one_is_left_out():
+    edit("pipeline.yaml", "{command: report}", "{command: report, set: {pairs: ['a:b', 'c:d'], require: [], seed: 1}}")
+    start()
+    said = ledger()["stages"]["report"]["command"]
+    assert said == "python -m prism_pl report run --pairs a:b c:d --seed 1 --out run/report/report.md"
+
+
 def test_parallel_stages_share_the_cores_and_wait_for_their_parents(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
     order: list[list[str]] = []

@@ -59,9 +59,9 @@ class Execution:
             PipelineFailed: a stage failed; no further one was started.
             Stopped: Ctrl+C; the stages that ran have ended in order.
         """
-        self._make_way()
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
+            self._make_way()
             while self._start_ready() or self.running:
                 for name in list(self.running):
                     self._look_at(name)

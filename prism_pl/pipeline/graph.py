@@ -177,11 +177,11 @@ def command_of(node: Node, run_folder: Path, folder_of: Callable[[str], Path], c
 
 
 def _report_command(stage: Stage, run_folder: Path, folder: Path) -> list[str]:
-    """The report's options are plain ones: a list is several words."""
+    """The report's options are plain ones: a list is several words, and an empty one is left out."""
     words = []
     for key, value in stage.set.items():
         values = value if isinstance(value, list) else [value]
-        words += [f"--{key}", *map(on_command_line, values)]
+        words += [f"--{key}", *map(on_command_line, values)] if values else []
     return ["report", str(run_folder), *words, "--out", str(folder / OUTPUTS["report"]["report"])]
 
 
