@@ -23,6 +23,10 @@ class EngineStopped(RuntimeError):
     """The rollout engine cannot go on; the message says why."""
 
 
+class PipelineFailed(RuntimeError):
+    """A stage of a pipeline failed; the message says which, and what to do."""
+
+
 class Stopped(Exception):
     """The user pressed Ctrl+C; the message says how to go on."""
 
@@ -49,7 +53,7 @@ def report(error: BaseException) -> int:
         print(f"\n{error}" if str(error) else "\nStopped.", file=sys.stderr)
         return EXIT_STOPPED
     expected = isinstance(
-        error, ValueError | OSError | UnpicklingError | ArithmeticError | EngineStopped
+        error, ValueError | OSError | UnpicklingError | ArithmeticError | EngineStopped | PipelineFailed
     ) or _is_misconfiguration(error)
     if wants_traceback() or not expected:
         traceback.print_exception(error)
@@ -58,7 +62,7 @@ def report(error: BaseException) -> int:
     if isinstance(error, UnpicklingError):
         reason = message.splitlines()[0]
         message = f"A checkpoint was refused: only tensors and plain values are read, never a pickle. {reason}"
-    hint = "" if isinstance(error, UsageError) else " (--debug shows where)"
+    hint = "" if isinstance(error, UsageError | PipelineFailed) else " (--debug shows where)"
     print(f"\nerror: {message}{hint}", file=sys.stderr)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_RUN
 

@@ -73,7 +73,7 @@ def resolve_paths(text: str, folder: Path) -> str:
         return text
     edits = {node.start_mark.index: node for node in _path_nodes(tree, is_path=False)}
     for start, node in sorted(edits.items(), reverse=True):
-        resolved = _resolve(node.value, folder)
+        resolved = resolve_path(node.value, folder)
         if resolved != node.value:
             quoted = "'" + resolved.replace("'", "''") + "'"
             text = text[:start] + quoted + text[node.end_mark.index :]
@@ -92,7 +92,8 @@ def _path_nodes(node: yaml.Node | None, is_path: bool) -> Iterator[yaml.ScalarNo
         yield node
 
 
-def _resolve(value: str, folder: Path) -> str:
+def resolve_path(value: str, folder: Path) -> str:
+    """A path-like value of a YAML that lies in `folder`, by the rule of the module's docstring."""
     if Path(value).is_absolute():
         return value
     for base in (folder, Path.cwd(), shipped_root()):

@@ -1,5 +1,6 @@
 """The smallest system that the command line can run: one weight, one policy specification, one optimiser."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,6 +25,7 @@ class DummyModule(LightningModule):
         advantage: Literal["paper", "released"] = "paper",
         fail_at: int = -1,
         interrupt_at: int = -1,
+        pause: float = 0.0,
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -35,6 +37,7 @@ class DummyModule(LightningModule):
             except OSError as error:
                 raise ValueError("policy.path is 'gone', which is no model.") from error
         self.policy, self.optimizer, self.fail_at, self.interrupt_at = policy, optimizer, fail_at, interrupt_at
+        self.pause = pause  # seconds a step
         self.layer = torch.nn.Linear(1, 1)
 
     def training_step(self, batch, batch_idx):
@@ -42,6 +45,7 @@ class DummyModule(LightningModule):
             raise ValueError("The loss is not finite at step 3, batch ['row-7'].")
         if self.global_step == self.interrupt_at:
             raise KeyboardInterrupt
+        time.sleep(self.pause)
         loss = self.layer(batch).mean()
         self.log("dummy/loss", loss)
         return loss

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from prism_pl.__main__ import main
+from prism_pl.pipeline.graph import build_graph
+from prism_pl.pipeline.schema import load_pipeline
 from prism_pl.report.command import make_parser
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +98,15 @@ def test_every_command_parses(command, swap, capsys):
         assert make_parser().parse_args(args[1:]).runs
     else:
         assert main([*args, "--print_config"]) == 0, capsys.readouterr().err
+
+
+def test_the_pipeline_example_is_laid_over_the_shipped_one(swap):
+    (example,) = [block for block in blocks("yaml") if block.startswith("stages:")]
+    (swap / "mine.yaml").write_text(example)
+    graph = build_graph(load_pipeline(["pipeline.yaml", "mine.yaml"], {}))
+    assert "evaluate-base" not in graph
+    assert graph["rlvr"].stage.set["model.num_rollouts"] == 8
+    assert graph["evaluate-rlvr-long"].parents == {"rlvr-long": ("export",)}
 
 
 def test_every_link_leads_somewhere():

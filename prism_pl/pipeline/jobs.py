@@ -1,0 +1,245 @@
+"""A stage's command as a process of its own, with its output in a log and, where it runs alone, on the screen.
+
+Importing the libraries takes a good part of a short stage, so they are imported once, and every command runs in a fork
+of this process. A process that may speak to a GPU cannot be forked; there each command imports everything anew.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import io
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from prism_pl.errors import UsageError
+
+# Colours, cursor movements and titles that a terminal understands and a log should not hold.
+TERMINAL_CODE = re.compile(rb"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")
+ENGINES = re.compile(r"prism_pl\.rollout\.(\w+\.)*(AutoEngine|VLLMEngine)")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Job(Protocol):
+    """A stage that runs."""
+
+    def poll(self) -> int | None:
+        """Take over what it printed; its exit code once it has ended, negative for a signal."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ask it to end in order, as Ctrl+C does."""
+        ...
+
+
+class Runner(Protocol):
+    """What resolves and starts the stages' commands."""
+
+    def resolve(self, args: list[str]) -> dict[str, Any]:
+        """The complete configuration of a command, as plain values. UsageError where it is wrong."""
+        ...
+
+    def prepare(self, configs: Iterable[dict[str, Any]]) -> None:
+        """What can be done once for all stages, whose configurations are given, before the first starts."""
+        ...
+
+    def start(self, args: list[str], log: Path, threads: int | None, on_screen: bool) -> Job:
+        """Start `python -m prism_pl ARGS`, with so many threads (None: as it comes)."""
+        ...
+
+
+class ProcessRunner:
+    """Runs the real commands.
+
+    Args:
+        lock: file descriptor that the stages inherit; it keeps the run folder taken while one of them lives.
+    """
+
+    def __init__(self, lock: int | None = None) -> None:
+        self.lock = lock
+        self._cli: Any = None
+
+    def resolve(self, args: list[str]) -> dict[str, Any]:
+        from prism_pl.pipeline.resolve import Resolver
+
+        if args[0] == "report":
+            return _options(args)
+        if self._cli is None:
+            self._cli = Resolver()
+        return self._cli(args)
+
+    def prepare(self, configs: Iterable[dict[str, Any]]) -> None:
+        """Import what the commands need. Nothing is computed: a fork would lack the threads that compute."""
+        if not can_fork() or not any(ENGINES.search(str(config)) for config in configs):
+            return
+        from prism_pl.rollout.vllm_compat import import_vllm
+
+        with contextlib.suppress(Exception):  # the command that needs it says what is wrong
+            import_vllm().LLM  # noqa: B018  (imported where it is named)
+            importlib.import_module("vllm.v1.worker.cpu_worker")
+            importlib.import_module("vllm.model_executor.models.qwen3_vl")
+        gc.freeze()  # collections in a fork then pass over what was imported
+
+    def start(self, args: list[str], log: Path, threads: int | None, on_screen: bool) -> Job:
+        terminal = on_screen and sys.stdout.isatty()
+        reader, writer = _terminal() if terminal else os.pipe()
+        os.set_blocking(reader, False)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with _signals_wait():
+            if can_fork():
+                process: Any = multiprocessing.get_context("fork").Process(target=_child, args=(args, writer, threads))
+                process.start()
+            else:
+                process = _python(args, writer, threads, self.lock)
+        os.close(writer)
+        return ProcessJob(process, reader, log.open("ab"), on_screen)
+
+
+class ProcessJob:
+    """A started process, its output read from `reader`."""
+
+    def __init__(self, process: Any, reader: int, log: IO[bytes], on_screen: bool) -> None:
+        self.process, self.reader, self.log, self.on_screen = process, reader, log, on_screen
+        self._line = b""
+
+    def poll(self) -> int | None:
+        popen = isinstance(self.process, subprocess.Popen)
+        code = self.process.poll() if popen else self.process.exitcode
+        self._drain()
+        if code is not None:
+            self._write(self._line)
+            os.close(self.reader)
+            self.log.close()
+        return code
+
+    def interrupt(self) -> None:
+        # The group, as a terminal does: further ranks and workers are in it.
+        try:
+            os.killpg(self.process.pid, signal.SIGINT)
+        except ProcessLookupError:  # not a group of its own yet, or gone
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGINT)
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                read = os.read(self.reader, 65536)
+            except OSError:  # nothing there now; or a pseudo-terminal whose other side has closed
+                break
+            if not read:
+                break
+            if self.on_screen:
+                sys.stdout.flush()
+                sys.stdout.buffer.write(read)
+                sys.stdout.buffer.flush()
+            *lines, self._line = (self._line + read).split(b"\n")
+            for line in lines:
+                self._write(line + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        """A line of the log: without terminal codes, and only the last state of one that was written over."""
+        text = TERMINAL_CODE.sub(b"", line).rstrip(b"\r\n").rpartition(b"\r")[2]
+        self.log.write(text + b"\n" if line.endswith(b"\n") else text)
+        self.log.flush()
+
+
+def can_fork() -> bool:
+    """Whether a process with everything imported can be forked: on Linux, with a torch that knows no GPU."""
+    import torch
+
+    return sys.platform == "linux" and torch.version.cuda is None and torch.version.hip is None
+
+
+def num_cores() -> int:
+    """The cores to share among stages: OMP_NUM_THREADS where it is set, else those this process may use."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told:
+        if not told.isdecimal() or int(told) < 1:
+            raise UsageError(f"OMP_NUM_THREADS is {told!r}; give a number of threads, or unset it.")
+        return int(told)
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _options(args: list[str]) -> dict[str, Any]:
+    """The settings of a command that takes no YAML: option -> the words after it."""
+    found: dict[str, list[str]] = {}
+    for word in args[1:]:
+        if word.startswith("--"):
+            found[word.removeprefix("--")] = []
+        elif found:
+            list(found.values())[-1].append(word)
+    return found
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that come while a process is started are delivered afterwards, not lost in the new one."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _own_process() -> None:
+    """Of a new process: a session of its own, an end with the pipeline's, and Python's own handling of signals."""
+    os.setsid()
+    if sys.platform == "linux":
+        # A pipeline that is killed takes its stages along: the next start finds no second writer in their folders.
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _child(args: list[str], writer: int, threads: int | None) -> None:
+    """What `python -m prism_pl ARGS` does, in a fork with everything imported already."""
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    os.close(writer)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(fd, "w", closefd=False), "utf-8", "backslashreplace", line_buffering=True)
+        for fd in (1, 2)
+    )
+    sys.argv = ["prism_pl", *args]
+    if threads is not None:
+        import torch
+
+        # Python's environment reaches what is started later, torch's own call what is loaded already.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    from prism_pl.__main__ import main
+
+    _own_process()
+    sys.exit(main(args))
+
+
+def _python(args: list[str], writer: int, threads: int | None, lock: int | None) -> "subprocess.Popen[bytes]":
+    """The same in a process that imports everything anew."""
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    return subprocess.Popen(
+        [sys.executable, "-m", "prism_pl", *args],
+        stdin=subprocess.DEVNULL,
+        stdout=writer,
+        stderr=writer,
+        env=environment,
+        pass_fds=() if lock is None else (lock,),
+        preexec_fn=_own_process,
+    )
+
+
+def _terminal() -> tuple[int, int]:
+    """A pseudo-terminal of this one's size, so that a stage shows its progress; (to read from, to write to)."""
+    reader, writer = os.openpty()
+    with contextlib.suppress(termios.error):
+        termios.tcsetwinsize(writer, termios.tcgetwinsize(sys.stdout.fileno()))
+    return reader, writer

@@ -1,0 +1,91 @@
+"""What a finished stage left: hashes of its outputs, and what it measured."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from prism_pl.fingerprint import hash_path
+from prism_pl.ledger import Attempt, Entry
+from prism_pl.pipeline.graph import OUTPUTS
+
+KEPT = (0.2, 0.8)  # pass rates that RLVR trains on
+
+
+def outputs_of(kind: str, folder: Path) -> dict[str, str]:
+    """Name -> sha256 of those outputs of a command that are there."""
+    return {what: hash_path(folder / path) for what, path in OUTPUTS[kind].items() if (folder / path).exists()}
+
+
+def results_of(entry: Entry, folder: Path) -> dict[str, Any]:
+    """The measurements of a finished stage; `prism_pl.ledger` has their shape."""
+    if entry["kind"] == "fit":
+        found = {"step": step_of(folder / "checkpoints" / "last.ckpt"), "metrics": last_scalars(folder)}
+        kept = folder / OUTPUTS["fit"]["kept_ids"]
+        return found | ({"kept": len(json.loads(kept.read_text())["ids"])} if kept.exists() else {})
+    if entry["kind"] == "test":
+        return _evaluated(folder / OUTPUTS["test"]["evaluation"])
+    if entry["kind"] == "predict":
+        return _filtered(folder / OUTPUTS["predict"]["pass_rates"])
+    return {}
+
+
+def begun_at(folder: Path, attempt: Attempt) -> int | None:
+    """The step that an attempt went on from: as the fit itself noted in starts.jsonl, else as expected before it."""
+    file = folder / "starts.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    if not lines:
+        return attempt["resumed_from_step"]
+    start = json.loads(lines[-1])
+    if start["time"] < attempt["started"]:  # it ended before it began to train
+        return attempt["resumed_from_step"]
+    return start["step"] if start["checkpoint"] is not None else None
+
+
+def step_of(checkpoint: Path | None) -> int | None:
+    """The step of a checkpoint; None where there is none, or it is one of several files or cannot be read."""
+    if checkpoint is None or not checkpoint.is_file():
+        return None
+    import torch
+
+    try:
+        # Mapped into memory: only the step is read, not the weights.
+        return torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+    except Exception:  # what is wrong with it is said by the command that goes on from it
+        return None
+
+
+def last_scalars(folder: Path) -> dict[str, float]:
+    """The last value of every scalar in a run's TensorBoard events."""
+    if not list(folder.glob("events.out.tfevents*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    kinds = ("scalars", "images", "tensors", "histograms", "compressedHistograms", "audio")
+    # A reservoir of one keeps the last.
+    events = EventAccumulator(str(folder), size_guidance=dict.fromkeys(kinds, 1)).Reload()
+    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag != "hp_metric"}
+
+
+def _evaluated(file: Path) -> dict[str, Any]:
+    """The tables over all families, with mean and interval of each metric."""
+    content = json.loads(file.read_text())
+    tables = {
+        split: {
+            metric: {key: entry[key] for key in ("mean", "low", "high")} for metric, entry in families["all"].items()
+        }
+        for split, families in content["tables"].items()
+    }
+    return {"name": content["name"], "tables": tables}
+
+
+def _filtered(file: Path) -> dict[str, Any]:
+    rates = [json.loads(line)["pass_rate"] for line in file.read_text().splitlines() if line.strip()]
+    low, high = KEPT
+    return {
+        "prompts": len(rates),
+        "mean_pass_rate": sum(rates) / len(rates) if rates else math.nan,
+        "kept": sum(low <= rate <= high for rate in rates),
+        "none_right": sum(rate == 0 for rate in rates),
+        "all_right": sum(rate == 1 for rate in rates),
+    }

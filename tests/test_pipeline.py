@@ -1,0 +1,478 @@
+"""The pipeline's ledger and what a second start makes of it, with stages that take no time."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from prism_pl.__main__ import main
+from prism_pl.errors import PipelineFailed, Stopped, UsageError
+from prism_pl.ledger import locked
+from tests.fake_stages import FakeRunner, ledger, start, statuses, write_pipeline
+
+ALL = ["base", "sft", "align", "filter", "rlvr", "filter-sft", "baseline", "evaluate-rlvr", "evaluate-baseline"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """A current folder with a pipeline in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRISM_TRACEBACK", "")
+    write_pipeline(tmp_path)
+    return tmp_path
+
+
+def edit(file: str, old: str, new: str) -> None:
+    text = Path(file).read_text()
+    assert old in text
+    Path(file).write_text(text.replace(old, new))
+
+
+def contents(folder: str = "run") -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+# A whole run
+
+
+def test_stages_run_in_order_and_the_ledger_says_what_from_what(capsys):
+    runner = start()
+    assert runner.started == [*ALL, "report"]
+    assert "run is finished: 10 stages. Report: run/report/report.md" in capsys.readouterr().out
+    written = ledger()
+    assert written["status"] == "finished"
+    rlvr = written["stages"]["rlvr"]
+    assert rlvr["command"] == (
+        "python -m prism_pl fit --config rlvr.yaml --model.policy.path run/align/export "
+        "--data.pass_rates run/filter/pass_rates.jsonl --trainer.default_root_dir run/rlvr"
+    )
+    assert rlvr["config"]["model"]["policy"]["path"] == "{align}/export"
+    assert rlvr["parents"] == {
+        "align": {"export": written["stages"]["align"]["outputs"]["export"]},
+        "filter": {"pass_rates": written["stages"]["filter"]["outputs"]["pass_rates"]},
+    }
+    sft = written["stages"]["sft"]
+    assert sft["inputs"]["model.policy.path"]["path"].endswith("weights")
+    assert sft["attempts"][0]["exit_code"] == 0
+    assert re.fullmatch("[0-9a-f]{64}", sft["config_sha256"] and sft["data_sha256"])
+    assert sft["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert written["stages"]["filter"]["results"] == {
+        "prompts": 4,
+        "mean_pass_rate": 0.5625,
+        "kept": 2,
+        "none_right": 1,
+        "all_right": 1,
+    }
+    tables = written["stages"]["evaluate-rlvr"]["results"]["tables"]
+    assert tables == {"test": {"accuracy": {"mean": 0.5, "low": 0.4, "high": None}}}
+
+
+def test_the_baseline_takes_the_steps_of_both_stages_and_its_own_filter():
+    start("--align.trainer.max_steps", "25")
+    baseline = ledger()["stages"]["baseline"]
+    assert baseline["config"]["trainer"]["max_steps"] == 25 + 40
+    assert baseline["config"]["data"]["pass_rates"] == "{filter-sft}/pass_rates.jsonl"
+
+
+def test_a_shared_filter_serves_both_and_the_other_is_left_out():
+    runner = start("--shared_filter", "true")
+    assert "filter-sft" not in runner.started
+    assert {ledger()["stages"][name]["config"]["data"]["pass_rates"] for name in ("rlvr", "baseline")} == {
+        "{filter}/pass_rates.jsonl"
+    }
+
+
+def test_a_second_file_changes_and_drops_stages():
+    Path("mine.yaml").write_text(
+        "stages: {baseline: null, filter-sft: null, evaluate-baseline: null, sft: {set: {model.lr: 3}}}"
+    )
+    runner = start("--config", "mine.yaml")
+    assert runner.started == ["base", "sft", "align", "filter", "rlvr", "evaluate-rlvr", "report"]
+    assert ledger()["stages"]["sft"]["config"]["model"]["lr"] == 3
+
+
+def test_lists_are_words_of_the_report_and_an_empty_one_is_left_out():
+    edit("pipeline.yaml", "{command: report}", "{command: report, set: {pairs: ['a:b', 'c:d'], require: [], seed: 1}}")
+    start()
+    said = ledger()["stages"]["report"]["command"]
+    assert said == "python -m prism_pl report run --pairs a:b c:d --seed 1 --out run/report/report.md"
+
+
+def test_parallel_stages_share_the_cores_and_wait_for_their_parents(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    order: list[list[str]] = []
+
+    def end_one() -> None:
+        running = [name for name, job in zip(runner.started, runner.jobs, strict=True) if job.code is None]
+        order.append(running)
+        runner.jobs[runner.started.index(running[0])].code = 0
+
+    runner = FakeRunner(dict.fromkeys([*ALL, "report"]), end_one)
+    start("--parallel", "2", runner=runner)
+    assert set(runner.threads) == {3}
+    assert max(map(len, order)) == 2
+    assert all(not {"sft", "align"} <= set(running) for running in order)
+    assert set(statuses().values()) == {"finished"}
+
+
+# A second start
+
+
+def test_finished_stages_are_skipped_with_the_reason(capsys):
+    start()
+    before = contents()
+    capsys.readouterr()
+    assert start().started == []
+    said = capsys.readouterr().out
+    assert re.search(r"skip +rlvr +finished \S+ in \d+ s; nothing changed since", said)
+    assert "run was finished already: 10 stages" in said
+    assert contents() == before
+
+
+def test_a_changed_value_stops_with_the_difference():
+    start()
+    edit("rlvr.yaml", "lr: 0.1", "lr: 0.2")
+    with pytest.raises(UsageError, match=r"rlvr: model.lr: 0.1 -> 0.2") as error:
+        start()
+    assert "--update runs rlvr, evaluate-rlvr, report anew" in str(error.value)
+    assert "--from rlvr" in str(error.value)
+    assert set(statuses().values()) == {"finished"}
+
+
+def test_update_reruns_the_changed_stage_and_what_depends_on_it_and_deletes_nothing(capsys):
+    start()
+    old = contents("run/rlvr")
+    edit("rlvr.yaml", "lr: 0.1", "lr: 0.2")
+    assert start("--update").started == ["rlvr", "evaluate-rlvr", "report"]
+    assert ledger()["stages"]["rlvr"]["config"]["model"]["lr"] == 0.2
+    assert [content for content in contents("run/earlier/rlvr").values()] == [*old.values()]
+    earlier = {entry["name"]: entry for entry in ledger()["earlier"]}
+    assert earlier.keys() == {"rlvr", "evaluate-rlvr", "report"}
+    assert (earlier["rlvr"]["folder"], earlier["rlvr"]["config"]["model"]["lr"]) == ("earlier/rlvr", 0.1)
+    assert start("--update").started == []
+    edit("rlvr.yaml", "lr: 0.2", "lr: 0.3")
+    start("--update")
+    assert Path("run/earlier/rlvr-2").is_dir()
+
+
+def test_a_setting_that_others_take_over_changes_them_too():
+    start()
+    edit("rlvr.yaml", "max_steps: 40", "max_steps: 50")
+    rerun = start("--update").started
+    assert set(rerun) == {"rlvr", "baseline", "evaluate-rlvr", "evaluate-baseline", "report"}
+
+
+@pytest.mark.parametrize("change", ["altered", "added", "gone"])
+def test_a_parent_altered_on_disk_is_noticed(change):
+    start()
+    export = Path("run/align/export")
+    if change == "gone":
+        export.rename("elsewhere")
+    else:
+        (export / ("model.safetensors" if change == "altered" else "further.json")).write_text("other")
+    with pytest.raises(UsageError, match=f"align: run/align/export {'is gone' if change == 'gone' else 'was altered'}"):
+        start()
+    assert start("--update").started == ["align", "filter", "rlvr", "evaluate-rlvr", "report"]
+
+
+def test_a_parent_altered_while_the_pipeline_runs_is_noticed():
+    def alter() -> None:
+        if runner.started[-1] == "filter":
+            Path("run/align/export/model.safetensors").write_text("other")
+
+    runner = FakeRunner(on_poll=alter)
+    with pytest.raises(PipelineFailed, match="run/align/export is not what align left, so rlvr was not started"):
+        start(runner=runner)
+
+
+def test_the_policy_from_outside_altered_is_noticed():
+    start()
+    Path("weights/model.safetensors").write_text("another base")
+    with pytest.raises(UsageError, match=r"sft: .*weights \(model.policy.path\) has other contents"):
+        start()
+
+
+def test_a_moved_run_folder_is_still_finished():
+    start()
+    Path("run").rename("moved")
+    assert start("--run_folder", "moved").started == []
+
+
+def test_dropped_stages_stay_and_the_report_is_made_again():
+    start()
+    Path("mine.yaml").write_text("stages: {evaluate-baseline: null}")
+    assert start("--config", "mine.yaml").started == ["report"]
+    assert "evaluate-baseline" in ledger()["dropped"]
+    assert Path("run/evaluate-baseline/evaluation.json").exists()
+    assert start().started == ["report"]
+    assert ledger()["dropped"] == {}
+
+
+def test_a_dry_run_changes_nothing(capsys):
+    assert start("--dry-run").started == []
+    assert not Path("run").exists()
+    start()
+    before = contents()
+    edit("rlvr.yaml", "lr: 0.1", "lr: 0.2")
+    capsys.readouterr()
+    assert start("--dry-run").started == []
+    assert (
+        "It would stop: run holds stages that were made otherwise. rlvr: model.lr: 0.1 -> 0.2"
+        in capsys.readouterr().out
+    )
+    assert start("--dry-run", "--update").started == []
+    said = capsys.readouterr().out
+    assert "python -m prism_pl fit --config rlvr.yaml" in said
+    assert "--config sft.yaml" not in said
+    assert contents() == before
+
+
+# Stages that break
+
+
+def save_checkpoint(name: str, step: int) -> None:
+    Path(f"run/{name}/checkpoints").mkdir()
+    torch.save({"global_step": step}, f"run/{name}/checkpoints/last.ckpt")
+
+
+def test_a_failed_stage_is_named_with_its_log_and_tried_again():
+    with pytest.raises(PipelineFailed) as error:
+        start(runner=FakeRunner({"align": 1}))
+    assert "Stage align failed with exit code 1; its log is run/align/stage.log." in str(error.value)
+    assert "It said: the loss is not finite" in str(error.value)
+    assert ledger()["status"] == "failed"
+    assert (statuses()["align"], statuses()["filter"]) == ("failed", "pending")
+    assert ledger()["stages"]["align"]["exit_code"] == 1
+    # Nothing is lost where there is no checkpoint: what was wrong may be mended without --update.
+    edit("align.yaml", "lr: 0.1", "lr: 0.05")
+    assert start().started == ["align", *ALL[3:], "report"]
+
+
+def test_a_stage_that_was_killed_goes_on_from_its_checkpoint(capsys):
+    with pytest.raises(PipelineFailed, match=r"ended by SIGKILL \(often: out of memory\)"):
+        start(runner=FakeRunner({"align": -9}))
+    save_checkpoint("align", 20)
+    start()
+    assert "goes on from run/align/checkpoints/last.ckpt" in capsys.readouterr().out
+    align = ledger()["stages"]["align"]
+    assert [attempt["status"] for attempt in align["attempts"]] == ["failed", "finished"]
+    assert align["resumed_from_step"] == 20
+
+
+def test_a_killed_pipeline_goes_on(folder):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            start(runner=FakeRunner({"rlvr": None}, on_poll=lambda: kill_at("rlvr")))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert statuses()["rlvr"] == "running"
+    assert start().started == [*ALL[4:], "report"]
+    assert set(statuses().values()) == {"finished"}
+
+
+def kill_at(name: str) -> None:
+    if Path("run", name).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_interrupted_stage_resumes(capsys):
+    def press() -> None:
+        if runner.started[-1] == "align":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    runner = FakeRunner({"align": None}, press)
+    with pytest.raises(Stopped, match=r"Stopped in align. The same command goes on: python -m prism_pl pipeline"):
+        start(runner=runner)
+    assert (ledger()["status"], statuses()["align"], statuses()["filter"]) == ("interrupted", "interrupted", "pending")
+    save_checkpoint("align", 12)
+    edit("align.yaml", "lr: 0.1", "lr: 0.2")
+    with pytest.raises(UsageError, match=r"align: model.lr: 0.1 -> 0.2"):
+        start()
+    edit("align.yaml", "lr: 0.2", "lr: 0.1")
+    assert start().started == ["align", *ALL[3:], "report"]
+    assert ledger()["stages"]["align"]["resumed_from_step"] == 12
+
+
+def test_a_stage_that_leaves_nothing_to_start_from_is_named():
+    edit("pipeline.yaml", "{sft.export}", "{sft.export_best}")
+    with pytest.raises(
+        PipelineFailed, match=r"starts from run/sft/export-best, which sft did not write. Add callbacks"
+    ):
+        start()
+
+
+def test_a_lost_checkpoint_is_not_begun_anew_unasked():
+    with pytest.raises(PipelineFailed):
+        start(runner=FakeRunner({"align": 1}))
+    Path("run/align/progress.json").write_text('{"step": 20}')
+    with pytest.raises(UsageError, match=r"align: run/align/checkpoints/last\.ckpt, to go on from, is gone"):
+        start()
+    assert start("--update").started == ["align", *ALL[3:], "report"]
+    assert Path("run/earlier/align/progress.json").exists()
+
+
+def test_the_step_is_the_one_that_the_stage_itself_noted():
+    with pytest.raises(PipelineFailed):
+        start(runner=FakeRunner({"align": 1}))
+    save_checkpoint("align", 20)
+    line = {"time": "9999-01-01T00:00:00+00:00", "step": 10, "checkpoint": "checkpoints/previous.ckpt"}
+    Path("run/align/starts.jsonl").write_text(json.dumps(line) + "\n")
+    start()
+    assert ledger()["stages"]["align"]["resumed_from_step"] == 10
+
+
+def test_a_second_pipeline_in_one_folder_is_refused():
+    with locked(Path("run")), pytest.raises(UsageError, match=rf"run is in use: .*process {os.getpid()}"):
+        start()
+    start()
+
+
+# Forks
+
+
+def test_from_a_stage_runs_it_and_what_depends_on_it_in_a_new_folder(capsys):
+    start()
+    before = contents()
+    runner = start("--from", "rlvr", "--to", "fork", "--rlvr.model.lr", "0.3")
+    assert runner.started == ["rlvr", "evaluate-rlvr", "report"]
+    assert contents() == before
+    forked = ledger("fork")
+    assert forked["forked_from"] == {"folder": "../run", "stage": "rlvr"}
+    assert forked["stages"]["align"]["folder"] == "../run/align"
+    assert forked["stages"]["rlvr"]["folder"] == "rlvr"
+    assert forked["stages"]["rlvr"]["parents"] == ledger()["stages"]["rlvr"]["parents"]
+    assert "--model.policy.path run/align/export" in forked["stages"]["rlvr"]["command"]
+    # It is a pipeline like any other: finished, and its parents are still looked after.
+    assert forked["command"].endswith("--rlvr.model.lr 0.3 --run_folder fork")
+    assert start("--run_folder", "fork", "--rlvr.model.lr", "0.3").started == []
+    Path("run/align/export/model.safetensors").write_text("other")
+    with pytest.raises(UsageError, match="align: run/align/export was altered"):
+        start("--run_folder", "fork", "--rlvr.model.lr", "0.3")
+    runner = start("--run_folder", "fork", "--rlvr.model.lr", "0.3", "--update")
+    assert runner.started == ["align", "filter", "rlvr", "evaluate-rlvr", "report"]
+    assert Path("fork/align/export").exists()
+    assert "fork/align/export" in ledger("fork")["stages"]["rlvr"]["command"]
+    assert Path("run/align/export").exists()
+
+
+def test_from_takes_the_next_free_folder():
+    start()
+    start("--from", "report")
+    assert ledger("run-2")["stages"]["report"]["folder"] == "report"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--from", "rlrv"], "Did you mean rlvr?"),
+        (["--from", "rlvr", "--run_folder", "none"], "none holds no pipeline to fork"),
+        (["--from", "rlvr"], "it depends on align, filter, which run has not finished"),
+        (["--from", "align", "--to", "run"], "--to run exists"),
+        (["--to", "fork"], "--to names the new folder of --from"),
+        (["--from", "align", "--update"], "--update does not go with it"),
+    ],
+)
+def test_a_fork_that_cannot_be_is_one_message(options, said):
+    with pytest.raises(PipelineFailed):
+        start(runner=FakeRunner({"align": 1}))
+    with pytest.raises(UsageError, match=re.escape(said)):
+        start(*options)
+
+
+def test_fresh_runs_everything_beside():
+    start()
+    assert start("--fresh").started == [*ALL, "report"]
+    assert ledger("run-2")["command"].endswith("--run_folder run-2")
+
+
+# Wrong YAML
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "{sft.export}",
+            "{stf.export}",
+            "pipeline.yaml: stages.align.set.model.policy.path: there is no stage 'stf'. Did you",
+        ),
+        ("{sft.export}", "{sft.exprt}", "sft leaves no 'exprt'. Did you mean export?"),
+        (
+            "rlvr.trainer.max_steps",
+            "rlvr.trainer.max_stepz",
+            "rlvr has no setting trainer.max_stepz. Did you mean max_steps?",
+        ),
+        (
+            "base: {command",
+            "base: {comand",
+            "pipeline.yaml: stages.base.comand: there is no such key. Did you mean command?",
+        ),
+        (
+            "command: predict",
+            "command: predct",
+            "stages.filter: command: predct is not one of fit, validate, test, predict",
+        ),
+        ("stages:", "paralel: 2\nstages:", "pipeline.yaml: paralel: there is no such key. Did you mean parallel?"),
+        ("sft.yaml", "stf.yaml", "stf.yaml: no such file"),
+        (
+            "sft.yaml, set: {model.policy.path: weights",
+            "sft.yaml, set: {model.policy.path: '{rlvr.export}'",
+            "stages: the references go in a circle, sft <- rlvr <- align <- sft. Cut it.",
+        ),
+        ("config: sft.yaml,", "", "stages.sft: fit needs a config, here or in defaults.fit"),
+        ("base:", "base/x:", "a stage's name is its folder's too"),
+        ("stages:", "stages: [", "pipeline.yaml is no YAML"),
+        ("stages:", "stagse:", "stagse: there is no such key. Did you mean stages?"),
+        ("model.lr: 0.5", "trainer.default_root_dir: x", "trainer.default_root_dir is the pipeline's to choose"),
+        (
+            "model.lr: 0.5",
+            "model.wrong: x",
+            "pipeline.yaml: stages.baseline: python -m prism_pl fit --config rlvr.yaml",
+        ),
+    ],
+)
+def test_a_wrong_pipeline_is_one_message_before_anything_runs(old, new, said):
+    edit("pipeline.yaml", old, new)
+    with pytest.raises(UsageError, match=re.escape(said)):
+        start()
+    assert not Path("run/ledger.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--paralel", "2"], "Did you mean --parallel?"),
+        (["--parallel", "0"], "parallel is 0; give at least 1"),
+        (["--parallel", "two"], "parallel: 'two' is no int"),
+        (["--sftt.trainer.max_steps", "2"], "there is no stage 'sftt'. Did you mean sft?"),
+        (["--sft.trainer.max_steps"], "--sft.trainer.max_steps needs a value"),
+    ],
+)
+def test_a_wrong_command_line_is_one_message(options, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        start(*options)
+
+
+def test_a_reference_without_quotes_is_understood():
+    edit("pipeline.yaml", '"{sft.export}"', "{sft.export}")
+    assert start().started == [*ALL, "report"]
+
+
+def test_a_broken_ledger_is_named():
+    start()
+    Path("run/ledger.json").write_text('{"format": 1, ')
+    with pytest.raises(UsageError, match=r"run/ledger\.json is no whole ledger"):
+        start()
+
+
+def test_print_config_is_a_pipeline_that_runs_the_same(capsys):
+    assert main(["pipeline", "--config", "pipeline.yaml", "--sft.model.lr", "7", "--print_config"]) == 0
+    Path("pipeline.yaml").write_text(capsys.readouterr().out)
+    start()
+    assert ledger()["stages"]["sft"]["config"]["model"]["lr"] == 7
