@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("align.yaml", "rlvr.yaml")
 DUMMY = """
 trainer:
-  {max_steps: 400, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false, logger: false,
+  {max_steps: 200, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false, logger: false,
    log_every_n_steps: 1}
 model:
   class_path: tests.dummy_system.DummyModule
@@ -82,7 +82,7 @@ def test_ctrl_c_ends_the_stage_in_order_and_the_same_command_resumes_it(folder, 
     assert stages()["first"]["results"]["step"] == 2
     assert "dummy/loss" in stages()["first"]["results"]["metrics"]
     step = torch.load("run/long/checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert 0 < step < 400
+    assert 0 < step < 200
 
     process = started()
     said, errors = process.communicate(timeout=120)
