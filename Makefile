@@ -48,7 +48,7 @@ DEMO ?= runs/demo
 demo: setup
 	$(RUN) pipeline --config pipeline.yaml --run_folder "$(DEMO)"
 
-# Everything under assets/, from the shipped configs. The longest is pretraining: 4,300 steps of 256 rows. assets/ itself is
+# Everything under assets/, from the shipped configs. The longest is pretraining: 3,600 steps of 256 rows. assets/ itself is
 # touched last, once every stage has succeeded.
 ASSETS ?= runs/assets
 assets: setup

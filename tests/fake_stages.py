@@ -57,7 +57,6 @@ class FakeRunner:
     def __init__(self, codes: dict[str, int | None] | None = None, on_poll: Callable[[], Any] = lambda: None) -> None:
         self.codes, self.on_poll = codes or {}, on_poll
         self.started: list[str] = []
-        self.threads: list[int | None] = []
         self.jobs: list[FakeJob] = []
 
     def prepare(self, configs: list[dict[str, Any]]) -> None: ...
@@ -79,9 +78,8 @@ class FakeRunner:
             place[last] = yaml.safe_load(value)
         return config
 
-    def start(self, args: list[str], log: Path, threads: int | None, on_screen: bool) -> FakeJob:
+    def start(self, args: list[str], log: Path, on_screen: bool) -> FakeJob:
         self.started.append(log.parent.name)
-        self.threads.append(threads)
         code = self.codes.get(log.parent.name, 0)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as handle:

@@ -11,7 +11,7 @@ from prism_pl.errors import EXIT_STOPPED, PipelineFailed, Stopped
 from prism_pl.fingerprint import hash_path, hash_value, versions
 from prism_pl.ledger import EARLIER, Attempt, Entry, Ledger, Status, free_folder, now
 from prism_pl.pipeline.graph import OUTPUTS, Graph
-from prism_pl.pipeline.jobs import SIGNALS, Job, Runner, num_cores
+from prism_pl.pipeline.jobs import SIGNALS, Job, Runner
 from prism_pl.pipeline.plan import Step, Wanted, checkpoint_in, took
 from prism_pl.pipeline.results import begun_at, outputs_of, results_of, step_of
 
@@ -46,7 +46,6 @@ class Execution:
     ) -> None:
         self.graph, self.wanted, self.plan, self.ledger, self.runner = graph, wanted, plan, ledger, runner
         self.parallel, self.command = parallel, command
-        self.threads = max(1, num_cores() // parallel) if parallel > 1 else None
         self.versions = versions()
         self.running: dict[str, tuple[Job, float]] = {}
         self.failed: list[str] = []  # what failed, in sentences
@@ -172,7 +171,7 @@ class Execution:
             print(f"\n[{name}]{here} $ {entry['command']}", flush=True)
         else:
             print(f"[{name}] started{here}; prints to {folder / LOG}", flush=True)
-        job = self.runner.start(wanted.args, folder / LOG, self.threads, on_screen=self.parallel == 1)
+        job = self.runner.start(wanted.args, folder / LOG, on_screen=self.parallel == 1)
         self.running[name] = (job, time.monotonic())
         if self.interrupted:  # the signal came while it was started
             job.interrupt()

@@ -20,8 +20,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from prism_pl.errors import UsageError
-
 # Colours, cursor movements and titles that a terminal understands and a log should not hold.
 TERMINAL_CODE = re.compile(rb"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")
 ENGINES = re.compile(r"prism_pl\.rollout\.(\w+\.)*(AutoEngine|VLLMEngine)")
@@ -51,8 +49,8 @@ class Runner(Protocol):
         """What can be done once for all stages, whose configurations are given, before the first starts."""
         ...
 
-    def start(self, args: list[str], log: Path, threads: int | None, on_screen: bool) -> Job:
-        """Start `python -m prism_pl ARGS`, with so many threads (None: as it comes)."""
+    def start(self, args: list[str], log: Path, on_screen: bool) -> Job:
+        """Start `python -m prism_pl ARGS`."""
         ...
 
 
@@ -88,17 +86,17 @@ class ProcessRunner:
             importlib.import_module("vllm.model_executor.models.qwen3_vl")
         gc.freeze()  # collections in a fork then pass over what was imported
 
-    def start(self, args: list[str], log: Path, threads: int | None, on_screen: bool) -> Job:
+    def start(self, args: list[str], log: Path, on_screen: bool) -> Job:
         terminal = on_screen and sys.stdout.isatty()
         reader, writer = _terminal() if terminal else os.pipe()
         os.set_blocking(reader, False)
         log.parent.mkdir(parents=True, exist_ok=True)
         with _signals_wait():
             if can_fork():
-                process: Any = multiprocessing.get_context("fork").Process(target=_child, args=(args, writer, threads))
+                process: Any = multiprocessing.get_context("fork").Process(target=_child, args=(args, writer))
                 process.start()
             else:
-                process = _python(args, writer, threads, self.lock)
+                process = _python(args, writer, self.lock)
         os.close(writer)
         return ProcessJob(process, reader, log.open("ab"), on_screen)
 
@@ -158,16 +156,6 @@ def can_fork() -> bool:
     return sys.platform == "linux" and torch.version.cuda is None and torch.version.hip is None
 
 
-def num_cores() -> int:
-    """The cores to share among stages: OMP_NUM_THREADS where it is set, else those this process may use."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    if told:
-        if not told.isdecimal() or int(told) < 1:
-            raise UsageError(f"OMP_NUM_THREADS is {told!r}; give a number of threads, or unset it.")
-        return int(told)
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def _options(args: list[str]) -> dict[str, Any]:
     """The settings of a command that takes no YAML: option -> the words after it."""
     found: dict[str, list[str]] = {}
@@ -201,7 +189,7 @@ def _own_process() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _child(args: list[str], writer: int, threads: int | None) -> None:
+def _child(args: list[str], writer: int) -> None:
     """What `python -m prism_pl ARGS` does, in a fork with everything imported already."""
     os.dup2(writer, 1)
     os.dup2(writer, 2)
@@ -211,27 +199,19 @@ def _child(args: list[str], writer: int, threads: int | None) -> None:
         for fd in (1, 2)
     )
     sys.argv = ["prism_pl", *args]
-    if threads is not None:
-        import torch
-
-        # Python's environment reaches what is started later, torch's own call what is loaded already.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
     from prism_pl.__main__ import main
 
     _own_process()
     sys.exit(main(args))
 
 
-def _python(args: list[str], writer: int, threads: int | None, lock: int | None) -> "subprocess.Popen[bytes]":
+def _python(args: list[str], writer: int, lock: int | None) -> "subprocess.Popen[bytes]":
     """The same in a process that imports everything anew."""
-    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     return subprocess.Popen(
         [sys.executable, "-m", "prism_pl", *args],
         stdin=subprocess.DEVNULL,
         stdout=writer,
         stderr=writer,
-        env=environment,
         pass_fds=() if lock is None else (lock,),
         preexec_fn=_own_process,
     )
