@@ -18,6 +18,7 @@ from datamodules.digits_questions import FAMILIES
 from datamodules.digits_rows import SYSTEM_PROMPT, DigitsDataset, Recipe, corpus, make_example
 from datamodules.loading import train_loader
 from prism_pl.batch import Example
+from prism_pl.stop_request import leave_to_the_run
 
 __all__ = [
     "DigitsDataModule",
@@ -114,7 +115,13 @@ class DigitsDataModule(L.LightningDataModule):
         return self._in_order(self.test_rows)
 
     def _in_order(self, rows: Dataset[Example]) -> DataLoader:
-        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self._collator(), num_workers=self.num_workers)
+        return DataLoader(
+            rows,
+            batch_size=self.batch_size,
+            collate_fn=self._collator(),
+            num_workers=self.num_workers,
+            worker_init_fn=leave_to_the_run,
+        )
 
     def _collator(self) -> Callable[[list[Example]], Any]:
         assert self.trainer is not None
