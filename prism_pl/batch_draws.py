@@ -55,7 +55,8 @@ class BatchDraws(Callback):
 
 def _generators() -> dict[str, Any]:
     """The states of the global generators, as tensors and plain values."""
-    _, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state()
+    _, words, position, has_gauss, gauss = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (words.tolist(), int(position), int(has_gauss), float(gauss)),

@@ -25,6 +25,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from prism_pl.errors import UsageError
 
 LAST = Path("checkpoints") / "last.ckpt"
+PREVIOUS = "previous.ckpt"
 PARTIAL = ".partial"
 PROGRESS = "progress.json"
 STARTS = "starts.jsonl"
@@ -112,9 +113,9 @@ class LastCheckpoints:
     def __init__(self, run: Path) -> None:
         self.run = run
         self.last = run / LAST
-        self.previous = self.last.with_name("previous.ckpt")
+        self.previous = self.last.with_name(PREVIOUS)
         self.next = self.last.with_name("next.ckpt")
-        # Whether `last` belongs to this run: one that is broken, or that was passed over, must not replace the previous.
+        # Whether `last` is this run's: one that is broken, or was passed over, must not take the previous one's place.
         self.own_last = False
 
     def to_go_on_from(self) -> Path | None:

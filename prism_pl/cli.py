@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from prism_pl import __version__
 from prism_pl.checkpoint_files import (
     LAST,
+    PREVIOUS,
     AtomicCheckpointIO,
     LastCheckpoints,
     Summary,
@@ -31,8 +32,8 @@ from prism_pl.checkpoint_files import (
 )
 from prism_pl.errors import Stopped, UsageError, did_you_mean
 from prism_pl.explain import explain, file_with_key, nested_keys, own_error
-from prism_pl.origin import SYSTEMS, check_origin
 from prism_pl.last_checkpoint import LastCheckpoint
+from prism_pl.origin import SYSTEMS, check_origin
 from prism_pl.run_folder import SaveConfig, check_writable, fresh_folder, refuse_other_settings
 from prism_pl.shipped import find_config, resolve_paths, stage_of
 
@@ -201,7 +202,7 @@ class PrismCLI(LightningCLI):
         plain = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
         changes = refuse_other_settings(folder, plain)
         changed = f" Changed since: {'; '.join(changes)}." if changes else ""
-        gone = "" if (folder / LAST).exists() else f"{folder / LAST} is gone. "
+        gone = f"{folder / LAST} is gone. " if self.resume_from.name == PREVIOUS else ""
         rank_zero_info(f"{gone}Going on from {self.resume_from}{self.resumed} (--fresh starts anew).{changed}")
 
     def instantiate_classes(self) -> None:
@@ -214,8 +215,8 @@ class PrismCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[str(self.subcommand)].trainer
         if config.logger in (None, True):
-            # Empty name and version: the event files lie in the run's folder itself. What a killed run logged behind its
-            # last checkpoint is logged again, and TensorBoard drops the first of the two.
+            # Empty name and version: the event files lie in the run's folder itself. What a killed run logged behind
+            # its last checkpoint is logged again, and TensorBoard drops the first of the two.
             kwargs["logger"] = TensorBoardLogger(
                 config.default_root_dir, name="", version="", purge_step=self.resumed.num_batches
             )

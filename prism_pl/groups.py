@@ -94,9 +94,9 @@ class GroupBuffer:
         self._barren = 0 if held else self._barren + 1
         if self._barren >= self.max_barren:
             raise ValueError(
-                f"dynamic sampling found no group to train on in {self._barren} batches (max_barren): in every one all "
-                "answers are right, or all wrong. Take prompts that the policy sometimes solves, more num_rollouts or a "
-                "higher sampling.temperature, or set dynamic_sampling: false"
+                f"dynamic sampling found no group to train on in {self._barren} batches (max_barren): in each group "
+                "all answers are right, or all wrong. Take prompts that the policy sometimes solves, more num_rollouts "
+                "or a higher sampling.temperature, or set dynamic_sampling: false"
             )
         if held < wanted and self._refills < self.max_refills:
             self._refills += 1

@@ -79,7 +79,7 @@ def fresh_folder(folder: Path) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the run's folder and write to it. UsageError where that cannot be done: better before an hour of training."""
+    """Make the run's folder and write to it; UsageError where that cannot be done, before an hour of training."""
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_pl import checkpoint_files
 
@@ -159,11 +160,43 @@ def starts(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "starts.jsonl").read_text().splitlines()]
 
 
+def killed_at(folder: Path) -> int:
+    """The optimiser step at which `Kill` struck."""
+    return int((folder / "run" / KILLED).read_text())
+
+
+def saved(folder: Path) -> tuple[int, int]:
+    """Optimiser steps and training batches of the newest checkpoint that is published, as it lies there; 0 without."""
+    last, older, newer = (folder / "run/checkpoints" / f"{name}.ckpt" for name in ("last", "previous", "next"))
+    # Killed in renaming: the last one has just become the previous one.
+    file = last if last.exists() else newer
+    if not file.exists() or (file == newer and not older.exists()):
+        return 0, 0
+    state = torch.load(file, weights_only=True)
+    return state["global_step"], state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+
+
+def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: every scalar but the times, as (step, value)."""
+    events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("time/")]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def first_logged_step(folder: Path) -> int:
+    """The first step that the newest event file holds: where the last start really began."""
+    newest = max((folder / "run").glob("events.out.*"), key=lambda file: file.stat().st_mtime)
+    events = EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload()
+    return min(events.Scalars(tag)[0].step for tag in events.Tags()["scalars"])
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """Everything in the last checkpoint and in the exported networks, flat, under its place, without the folder's own
-    name. Clock times are left out."""
+    name."""
     flat: dict[str, Any] = {}
     _flatten(torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True), "checkpoint", str(folder), flat)
+    # ModelCheckpoint's record of its last score, which Lightning neither loads nor reads.
+    flat = {key: value for key, value in flat.items() if not key.endswith("/current_score")}
     for file in sorted((folder / "run").glob("export*/*.safetensors")):
         _flatten(load_file(file), f"{file.parent.name}/{file.name}", str(folder), flat)
     return flat
