@@ -9,6 +9,7 @@
 `last.ckpt` may be a folder, as DeepSpeed writes it. Not one of these names ever stands for half a checkpoint.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -192,6 +193,10 @@ def read_summary(path: Path) -> Summary:
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True) if is_zip else None
     except RuntimeError:  # the zip's directory, at its end, is missing
+        state = None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # torch seeks to a place that it worked out from half a directory
+            raise
         state = None
     if state is None:
         raise UsageError(f"{path} is cut off or no checkpoint. {_way_out(path)}")

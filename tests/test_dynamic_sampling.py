@@ -107,7 +107,7 @@ def test_a_run_without_any_variance_stops_and_says_why(random_policy, tmp_path):
     with pytest.raises(ValueError, match="in 4 batches"):
         fit(resumed, Rows(make_examples(2)), tmp_path, ckpt=file, max_epochs=-1)
     assert resumed.trainer.fit_loop.total_batch_idx == 3
-    module = make(random_policy, [W] * 12 + [R, W, W, W] + [W] * 12, dynamic_sampling=True, max_refills=9, max_barren=4)
+    module = make(random_policy, [W] * 12 + [R, W, W, W] + [W] * 12, dynamic_sampling=True, max_refills=0, max_barren=4)
     with pytest.raises(ValueError, match="in 4 batches"):
         fit(module, Rows(make_examples(2)), tmp_path, max_epochs=-1, max_steps=9)
     assert module.trainer.fit_loop.total_batch_idx == 3 + 1 + 3

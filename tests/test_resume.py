@@ -21,10 +21,10 @@ from tests.killing import Runner, contents, differences, first_logged_step, kill
 
 # Five batches an epoch, a validation after every second and fourth, a checkpoint after a quarter of the run: it falls
 # into the middle of an epoch, on a validation, and beside one.
-SMALL = """fit --trainer.default_root_dir run --trainer.max_steps 8 --trainer.accelerator cpu
---trainer.enable_progress_bar false --trainer.enable_model_summary false --trainer.val_check_interval 2
---trainer.num_sanity_val_steps 1 --data.num_train 10 --data.num_validation 2 --data.batch_size 2 --config STAGE.yaml
---config kill.yaml"""
+SMALL = """fit --config STAGE.yaml --config kill.yaml --trainer.default_root_dir run --trainer.max_steps 8
+--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false
+--trainer.val_check_interval 2 --trainer.num_sanity_val_steps 1
+--data.num_train 10 --data.num_validation 2 --data.batch_size 2"""
 BY_TRANSFORMERS = "--model.rollout prism_pl.rollout.TransformersEngine"
 BY_VLLM = "--model.rollout prism_pl.rollout.VLLMEngine"
 DAPO = "--model.num_rollouts 4 --model.num_prompts 2"  # many batches leave too few groups, so the buffer waits
