@@ -35,6 +35,7 @@ from prism_pl.rollout_stage import (
     check_counts,
     check_max_norms,
     check_overlong,
+    forget_logged,
     held_out_parts,
     held_out_rollouts,
     length_summary,
@@ -174,6 +175,9 @@ class RLVRModule(LightningModule):
         if self.shuffle_seed is None:
             self.shuffle_seed = torch.initial_seed()
         self._start_engine()
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        forget_logged(self.trainer)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         rollouts, rewarded = self._sample(batch)

@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_pl import checkpoint_files
+from prism_pl.batch import Example
+from prism_pl.chat import render
+from prism_pl.rollout import TransformersEngine
+from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 
 ROOT = Path(__file__).parent.parent
 KILLED = "killed"
@@ -95,6 +101,21 @@ class Watched:
             self.killer.at("writing")
             file.seek(0)
         torch.save(state, file)
+
+
+class ShortEngine(TransformersEngine):
+    """Real draws, but few tokens of them; the text is then made from the tokens, well formed, right or wrong."""
+
+    def generate(
+        self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None
+    ) -> list[Rollout]:
+        rollouts = super().generate(examples, num_samples, replace(sampling, max_tokens=6))
+        return [_told(rollout, examples[b // num_samples].answers[0]) for b, rollout in enumerate(rollouts)]
+
+
+def _told(rollout: Rollout, answer: str) -> Rollout:
+    total = sum(rollout.response_ids)
+    return replace(rollout, text=render(f"- red {total % 10}", f"1. it is {total}", answer if total % 2 else "none"))
 
 
 def environment() -> dict[str, str]:
@@ -179,15 +200,19 @@ def saved(folder: Path) -> tuple[int, int]:
 def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of a run: every scalar but the times, as (step, value)."""
     events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("time/")]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in _of_steps(events)}
 
 
 def first_logged_step(folder: Path) -> int:
     """The first step that the newest event file holds: where the last start really began."""
     newest = max((folder / "run").glob("events.out.*"), key=lambda file: file.stat().st_mtime)
     events = EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload()
-    return min(events.Scalars(tag)[0].step for tag in events.Tags()["scalars"])
+    return min(events.Scalars(tag)[0].step for tag in _of_steps(events))
+
+
+def _of_steps(events: EventAccumulator) -> list[str]:
+    """Tags of what steps log, but for the times: Lightning's `hp_metric` is of a start."""
+    return [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "hp_metric"))]
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_a_full_disk_is_one_message_and_leaves_the_last_checkpoint(room, folder,
     before = LAST.read_bytes()
 
     def full(path, mode="r"):
-        file = Path(path).open(mode)
+        file = Path(path).open(mode)  # noqa: SIM115
         return FullDisk(file, room) if Path(path).name == "next.ckpt.partial" else file
 
     monkeypatch.setattr(checkpoint_files, "open", full, raising=False)

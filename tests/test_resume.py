@@ -25,20 +25,26 @@ SMALL = """fit --config STAGE.yaml --config kill.yaml --trainer.default_root_dir
 --trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false
 --trainer.val_check_interval 2 --trainer.num_sanity_val_steps 1
 --data.num_train 10 --data.num_validation 2 --data.batch_size 2"""
-BY_TRANSFORMERS = "--model.rollout prism_pl.rollout.TransformersEngine"
-BY_VLLM = "--model.rollout prism_pl.rollout.VLLMEngine"
-DAPO = "--model.num_rollouts 4 --model.num_prompts 2"  # many batches leave too few groups, so the buffer waits
+SHORT = "--model.rollout tests.killing.ShortEngine"
+TRANSFORMERS = "--model.rollout prism_pl.rollout.TransformersEngine"
+VLLM = "--model.rollout prism_pl.rollout.VLLMEngine"
+TWO = "--model.num_rollouts 2"
+DAPO = "--model.num_rollouts 2 --model.num_prompts 2"  # of a batch's two groups half have variance: the buffer waits
 # name: (config, options, monitored value)
 STAGES = {
     "sft": ("sft", "", "sft/val_loss"),
-    "warmup": ("warmup", f"{BY_TRANSFORMERS} --model.ceiling null", "warmup/val_pair_accuracy/perception"),
-    "align": ("align", f"{BY_TRANSFORMERS} --model.num_rollouts 2", "align/val_accuracy"),
-    "rlvr": ("rlvr", f"{BY_TRANSFORMERS} --model.updates_per_batch 2 --trainer.max_steps 16", "rlvr/val_accuracy"),
-    "dapo": ("digits/rlvr_dapo", f"{BY_TRANSFORMERS} {DAPO}", "rlvr/val_accuracy"),
-    "align-vllm": ("align", f"{BY_VLLM} --model.num_rollouts 2", "align/val_accuracy"),
-    "dapo-vllm": ("digits/rlvr_dapo", f"{BY_VLLM} {DAPO}", "rlvr/val_accuracy"),
+    "warmup": ("warmup", f"{SHORT} --model.ceiling null", "warmup/val_pair_accuracy/perception"),
+    "align": ("align", f"{SHORT} {TWO}", "align/val_accuracy"),
+    "rlvr": ("rlvr", f"{SHORT} {TWO} --model.updates_per_batch 2 --trainer.max_steps 16", "rlvr/val_accuracy"),
+    "dapo": ("digits/rlvr_dapo", f"{SHORT} {DAPO}", "rlvr/val_accuracy"),
 }
-VLLM = [name for name in STAGES if name.endswith("vllm")]
+ENGINES = {
+    "align-transformers": ("align", f"{TRANSFORMERS} {TWO}", "align/val_accuracy"),
+    "rlvr-transformers": ("rlvr", f"{TRANSFORMERS}", "rlvr/val_accuracy"),
+    "warmup-vllm": ("warmup", f"{VLLM} --model.ceiling null", "warmup/val_pair_accuracy/perception"),
+    "align-vllm": ("align", f"{VLLM} {TWO}", "align/val_accuracy"),
+    "rlvr-vllm": ("rlvr", VLLM, "rlvr/val_accuracy"),
+}
 MOMENTS: list[dict[str, Any]] = [
     {"batch": 0, "moment": "step"},  # before the first checkpoint
     {"batch": 4, "moment": "end"},  # between two, in mid-epoch
@@ -65,7 +71,7 @@ def drawn_moments(stage: str, num: int) -> list[dict[str, Any]]:
 
 def command(stage: str, kill: dict[str, Any], folder: Path) -> list[str]:
     """The command of a small run; its last configuration file, with the callbacks, is written into `folder`."""
-    config, options, monitor = STAGES[stage]
+    config, options, monitor = (STAGES | ENGINES)[stage]
     best = {"monitor": monitor, "mode": "max", "filename": "best", "enable_version_counter": False}
     callbacks = [
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": best},
@@ -142,20 +148,20 @@ def test_killed_while_a_checkpoint_is_written_alignment_ends_as_if_it_had_not_be
 
 
 def test_killed_with_groups_in_the_buffer_dynamic_sampling_ends_as_if_it_had_not_been(runs, tmp_path):
-    folder = runs.killed("dapo", {"batch": 3, "moment": "end", "waiting": True}, tmp_path)
+    folder = runs.killed("dapo", {"batch": 5, "moment": "end", "waiting": True}, tmp_path)
     assert starts(folder)[1]["step"] > 0
     assert_same(runs.whole("dapo"), folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", MOMENTS, ids=lambda kill: "-".join(map(str, kill.values())))
-@pytest.mark.parametrize("stage", [name for name in STAGES if name not in VLLM])
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_any_moment_every_stage_ends_as_if_it_had_not_been(stage, kill, runs, tmp_path):
     assert_same(runs.whole(stage), runs.killed(stage, kill, tmp_path))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [name for name in STAGES if name not in VLLM])
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_moments_drawn_by_lot(stage, runs, tmp_path):
     for i, kill in enumerate(drawn_moments(stage, 3)):
         assert_same(runs.whole(stage), runs.killed(stage, kill, tmp_path / str(i)))
@@ -168,12 +174,24 @@ def test_killed_while_the_buffer_waits(kill, runs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", VLLM)
-def test_with_vllm_a_killed_run_ends_as_if_it_had_not_been(stage, runs, tmp_path):
-    pytest.importorskip("vllm")
-    kills = MOMENTS[1:3] + (WAITING if stage.startswith("dapo") else [])
-    for i, kill in enumerate(kills):
+@pytest.mark.parametrize("stage", ENGINES)
+def test_with_each_engine_a_killed_run_ends_as_if_it_had_not_been(stage, runs, tmp_path):
+    if stage.endswith("vllm"):
+        pytest.importorskip("vllm")
+    for i, kill in enumerate(MOMENTS[1:3]):
         assert_same(runs.whole(stage), runs.killed(stage, kill, tmp_path / str(i)))
+
+
+@pytest.mark.slow
+def test_more_steps_go_on_as_if_they_had_been_asked_for_at_once(runs, tmp_path):
+    constant = ["--model.schedule", "constant", "--model.warmup", "0"]
+    longer = [*command("sft", {"batch": 10**6}, tmp_path / "at once"), *constant, "--trainer.max_steps", "12"]
+    assert runs.runner(longer, tmp_path / "at once") == 0
+    first = [*command("sft", {"batch": 10**6}, tmp_path / "in two"), *constant]
+    assert runs.runner(first, tmp_path / "in two") == 0
+    assert runs.runner(longer, tmp_path / "in two") == 0
+    assert [start["step"] for start in starts(tmp_path / "in two")] == [0, 8]
+    assert_same(tmp_path / "at once", tmp_path / "in two")
 
 
 @pytest.mark.slow
