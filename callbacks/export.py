@@ -26,10 +26,12 @@ class Export(Callback):
 
     def __init__(self) -> None:
         self._best: tuple[str, float | None] = ("", None)
+        self._exported: tuple[str, float | None] | None = None  # the best of a resumed run that was exported
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A resumed run knows its best checkpoint, but its weights may be later ones.
-        self._best = _best(trainer)
+        # A resumed run knows its best checkpoint, but its weights may be later ones: unless its checkpoint was taken
+        # between finding a new best and exporting it.
+        self._best = _best(trainer) if self._exported is None else self._exported
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._export_new_best(trainer, pl_module)
@@ -37,6 +39,13 @@ class Export(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._export_new_best(trainer, pl_module)
         _export(trainer, pl_module, "export")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"exported": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        path, score = state_dict["exported"]
+        self._exported = (path, score)
 
     def _export_new_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         best = _best(trainer)

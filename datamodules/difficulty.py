@@ -18,9 +18,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset, Subset
 
 from prism_pl.batch import Example
+from prism_pl.checkpoint_files import LastCheckpoints
 from prism_pl.evaluation import keep_earlier, write_json
 from prism_pl.pass_rates import KEPT_IDS, PASS_RATES, histogram, read_pass_rates
-from prism_pl.run_folder import last_checkpoint
 
 
 def check_keep(keep: Sequence[float]) -> tuple[float, float]:
@@ -78,7 +78,7 @@ def _record(folder: Path, kept: dict[str, Any]) -> None:
         before = json.loads(file.read_text())
         if before["ids"] == kept["ids"]:
             return
-        if last_checkpoint(folder) is not None:
+        if LastCheckpoints(folder).to_go_on_from() is not None:
             raise ValueError(
                 f"{file}: the run began with {len(before['ids'])} rows, and {kept['pass_rates']} now keeps "
                 f"{len(kept['ids'])}, not the same ones. Bring the earlier pass rates back, or start anew with --fresh"

@@ -20,6 +20,7 @@ from datamodules.digits_questions import FAMILIES
 from datamodules.digits_rows import SYSTEM_PROMPT, DigitsDataset, Recipe, corpus, make_example
 from datamodules.loading import train_loader
 from prism_pl.batch import Example
+from prism_pl.stop_request import leave_to_the_run
 
 __all__ = [
     "DigitsDataModule",
@@ -142,7 +143,11 @@ class DigitsDataModule(L.LightningDataModule):
 
     def _in_order(self, rows: Dataset[Example]) -> DataLoader:
         return DataLoader(
-            rows, batch_size=self.eval_batch_size, collate_fn=self._collator(), num_workers=self.num_workers
+            rows,
+            batch_size=self.eval_batch_size,
+            collate_fn=self._collator(),
+            num_workers=self.num_workers,
+            worker_init_fn=leave_to_the_run,
         )
 
     def _collator(self) -> Callable[[list[Example]], Any]:

@@ -8,6 +8,7 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from prism_pl.batch import Example
+from prism_pl.stop_request import leave_to_the_run
 
 
 class ShuffledSampler(DistributedSampler):
@@ -66,5 +67,11 @@ def train_loader(
             "rows: give a smaller batch_size or more rows"
         )
     return ResumableLoader(
-        rows, batch_size=batch_size, sampler=sampler, collate_fn=collator, num_workers=num_workers, drop_last=True
+        rows,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=collator,
+        num_workers=num_workers,
+        drop_last=True,
+        worker_init_fn=leave_to_the_run,
     )

@@ -36,6 +36,7 @@ from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_trai
 from prism_pl.rollout_stage import (
     check_counts,
     check_max_norms,
+    forget_logged,
     held_out_parts,
     held_out_rollouts,
     length_summary,
@@ -154,6 +155,9 @@ class AdversarialAlignModule(LightningModule):
         check_one_device(self.trainer)
         warn_inert_clip(self.policy_loss, num_updates=1)
         self._start_engine()
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        forget_logged(self.trainer)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         with self.timer.phase("rollout"):

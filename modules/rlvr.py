@@ -35,6 +35,7 @@ from prism_pl.rollout_stage import (
     check_counts,
     check_max_norms,
     check_overlong,
+    forget_logged,
     held_out_parts,
     held_out_rollouts,
     length_summary,
@@ -54,7 +55,7 @@ class RLVRModule(LightningModule):
 
     Each batch of the data loader is one rollout batch, and TensorBoard counts these. `trainer.max_steps` and
     checkpoints count the policy's optimiser steps, of which a rollout batch takes `updates_per_batch *
-    num_minibatches`; the last batch is finished even where that goes over `max_steps`.
+    num_minibatches`; of the last batch only the steps up to `max_steps` are taken.
 
     With `dynamic_sampling` a batch that leaves too few groups takes no step and the next batch is its refill, so that
     Lightning's loop, resuming and the loader's order stay what they are (`prism_pl.groups.GroupBuffer`).
@@ -73,6 +74,7 @@ class RLVRModule(LightningModule):
         dynamic_sampling: train only on groups in which some answers are right and some wrong (DAPO).
         num_prompts: groups trained on at once with dynamic sampling; None: as many as a batch has prompts.
         max_refills: further batches to fill them up; then it goes on with what it has. PRISM's 10 batches in all are 9.
+        max_barren: batches in a row without one such group, at which the run stops (DAPO's max_num_gen_batches).
         overlong_buffer, overlong_penalty: DAPO's soft length punishment over the last so many tokens; None: none.
         mismatch: of sampler and trainer; None corrects it where the sampler runs below float32, see
             `prism_pl.mismatch`.
@@ -100,6 +102,7 @@ class RLVRModule(LightningModule):
         dynamic_sampling: bool = False,
         num_prompts: int | None = None,
         max_refills: int = 9,
+        max_barren: int = 20,
         overlong_buffer: int | None = None,
         overlong_penalty: float = 1.0,
         mismatch: MismatchCorrection | None = None,
@@ -139,7 +142,7 @@ class RLVRModule(LightningModule):
         self.scale: Scale = scale
         self.updates_per_batch, self.num_minibatches = updates_per_batch, num_minibatches
         self.dynamic_sampling, self.num_prompts = dynamic_sampling, num_prompts
-        self.buffer = GroupBuffer(max_refills)
+        self.buffer = GroupBuffer(max_refills, max_barren)
         self.overlong_buffer, self.overlong_penalty = overlong_buffer, overlong_penalty
         self.mismatch = mismatch or MismatchCorrection()
         warn_inert_kl(kl)
@@ -172,6 +175,9 @@ class RLVRModule(LightningModule):
         if self.shuffle_seed is None:
             self.shuffle_seed = torch.initial_seed()
         self._start_engine()
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        forget_logged(self.trainer)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
         rollouts, rewarded = self._sample(batch)
@@ -231,6 +237,8 @@ class RLVRModule(LightningModule):
         plan = shuffled_minibatches(
             len(groups), self.num_minibatches, self.updates_per_batch, self.shuffle_seed, self.trainer.global_step
         )
+        if self.trainer.max_steps != -1:
+            plan = plan[: self.trainer.max_steps - self.trainer.global_step]
         whole, _ = self._sequences(groups)
         advantages_B = self._advantages(groups, whole)
         old_BT = self.numerics.all_logps(self.policy, whole) if len(plan) > 1 else None

@@ -15,20 +15,26 @@ from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from prism_pl import __version__
+from prism_pl.checkpoint_files import (
+    LAST,
+    PREVIOUS,
+    AtomicCheckpointIO,
+    LastCheckpoints,
+    Summary,
+    read_summary,
+    refuse_lost_checkpoint,
+)
 from prism_pl.errors import Stopped, UsageError, did_you_mean
 from prism_pl.explain import explain, file_with_key, nested_keys, own_error
+from prism_pl.last_checkpoint import LastCheckpoint
 from prism_pl.origin import SYSTEMS, check_origin
-from prism_pl.run_folder import (
-    LastCheckpoint,
-    SaveConfig,
-    fresh_folder,
-    last_checkpoint,
-    refuse_other_settings,
-)
+from prism_pl.run_folder import SaveConfig, check_writable, fresh_folder, refuse_other_settings
 from prism_pl.shipped import find_config, resolve_paths, stage_of
 
 HALF_WEIGHTS = ("bf16-true", "16-true")
@@ -112,6 +118,7 @@ class PrismCLI(LightningCLI):
     def __init__(self, args: list[str], fresh: bool = False) -> None:
         self.fresh = fresh
         self.resume_from: Path | None = None
+        self.resumed = Summary()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -172,13 +179,26 @@ class PrismCLI(LightningCLI):
             folder = fresh_folder(folder)
         config.trainer.default_root_dir = str(folder)
         rank_zero_info(f"Run folder: {folder} (tensorboard --logdir {folder})")
-        if self.subcommand == "fit" and not config.ckpt_path and not config.trainer.fast_dev_run:
-            self.resume_from = last_checkpoint(folder)
-        if self.resume_from is not None:
-            plain = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
-            changes = refuse_other_settings(folder, plain)
-            changed = f" Changed since: {'; '.join(changes)}." if changes else ""
-            rank_zero_info(f"Going on from {self.resume_from} (--fresh starts anew).{changed}")
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            check_writable(folder)
+            self._go_on(folder, config)
+
+    def _go_on(self, folder: Path, config: Namespace) -> None:
+        """Find the checkpoint to go on from, and say so; UsageError where it cannot be or should not be."""
+        if config.ckpt_path:
+            if Path(config.ckpt_path).is_file():
+                self.resumed = read_summary(Path(config.ckpt_path))
+            return
+        self.resume_from = LastCheckpoints(folder).to_go_on_from()
+        if self.resume_from is None:
+            refuse_lost_checkpoint(folder)
+            return
+        self.resumed = read_summary(self.resume_from)
+        plain = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
+        changes = refuse_other_settings(folder, plain)
+        changed = f" Changed since: {'; '.join(changes)}." if changes else ""
+        gone = f"{folder / LAST} is gone. " if self.resume_from.name == PREVIOUS else ""
+        rank_zero_info(f"{gone}Going on from {self.resume_from}{self.resumed} (--fresh starts anew).{changed}")
 
     def instantiate_classes(self) -> None:
         try:
@@ -195,13 +215,24 @@ class PrismCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[str(self.subcommand)].trainer
         if config.logger in (None, True):
-            # Empty name and version: the event files lie in the run's folder itself.
-            kwargs["logger"] = TensorBoardLogger(config.default_root_dir, name="", version="")
+            # Empty name and version: the event files lie in the run's folder itself. What a killed run logged behind
+            # its last checkpoint is logged again, and TensorBoard drops the first of the two.
+            kwargs["logger"] = TensorBoardLogger(
+                config.default_root_dir, name="", version="", purge_step=self.resumed.num_batches
+            )
         callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         callbacks = [callback for callback in callbacks if callback is not None]
         if config.enable_checkpointing is not False and not any(isinstance(c, LastCheckpoint) for c in callbacks):
             callbacks.append(LastCheckpoint())
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        # Behind a ModelCheckpoint, so that it saves what that one has just found to be the best.
+        callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        # Exactly Lightning's own: a plugin of the user's, and DeepSpeed's way, stay.
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO and not isinstance(
+            trainer.strategy, DeepSpeedStrategy
+        ):
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -228,7 +259,7 @@ class PrismCLI(LightningCLI):
         return any(isinstance(c, LastCheckpoint) and c.started for c in self.trainer.checkpoint_callbacks)
 
     def _how_to_go_on(self) -> str:
-        checkpoint = last_checkpoint(Path(self.trainer.default_root_dir))
+        checkpoint = LastCheckpoints(Path(self.trainer.default_root_dir)).to_go_on_from()
         if checkpoint is None:
             return "Stopped before the first checkpoint was written."
-        return f"Stopped. The same command goes on from {checkpoint}."
+        return f"Stopped. The same command goes on from {checkpoint}{read_summary(checkpoint)}."

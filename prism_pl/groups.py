@@ -60,14 +60,23 @@ class GroupBuffer:
     `max_refills` of them, then training goes on with what there is. The surplus of a full buffer is dropped, as in
     PRISM's release: after the update it would be of old weights. No update happens while the buffer fills, so all its
     rollouts are of the same weights. All ranks give out equally many groups.
+
+    Args:
+        max_refills: further batches to fill up with; then what there is is given out.
+        max_barren: batches one after another without a single group worth training, at which the run stops: without
+            a step the policy stays as it is, and so do its answers.
     """
 
-    def __init__(self, max_refills: int) -> None:
+    def __init__(self, max_refills: int, max_barren: int = 20) -> None:
         if max_refills < 0:
             raise ValueError(f"max_refills is {max_refills}: give 0 (never refill) or more")
+        if max_barren < 1:
+            raise ValueError(f"max_barren is {max_barren}: give at least 1 batch")
         self.max_refills = max_refills
+        self.max_barren = max_barren
         self._groups: list[Group] = []
         self._refills = 0
+        self._barren = 0
 
     def add(self, groups: Sequence[Group]) -> None:
         """Take in groups of the present weights."""
@@ -78,8 +87,17 @@ class GroupBuffer:
 
         Args:
             device: of the collective that all ranks decide by.
+
+        Raises ValueError after `max_barren` batches without a group.
         """
         held = int(global_min(torch.tensor(len(self._groups), device=device)))
+        self._barren = 0 if held else self._barren + 1
+        if self._barren >= self.max_barren:
+            raise ValueError(
+                f"dynamic sampling found no group to train on in {self._barren} batches (max_barren): in each group "
+                "all answers are right, or all wrong. Take prompts that the policy sometimes solves, more num_rollouts "
+                "or a higher sampling.temperature, or set dynamic_sampling: false"
+            )
         if held < wanted and self._refills < self.max_refills:
             self._refills += 1
             return None
@@ -94,14 +112,14 @@ class GroupBuffer:
             {"prompt": dict(vars(g.prompt)), "rollouts": [dict(vars(r)) for r in g.rollouts], "rewards_G": g.rewards_G}
             for g in self._groups
         ]
-        return {"groups": groups, "refills": self._refills}
+        return {"groups": groups, "refills": self._refills, "barren": self._barren}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on filling where `state` was saved."""
         self._groups = [
             Group(Prompt(**g["prompt"]), [Rollout(**r) for r in g["rollouts"]], g["rewards_G"]) for g in state["groups"]
         ]
-        self._refills = state["refills"]
+        self._refills, self._barren = state["refills"], state["barren"]
 
 
 def shuffled_minibatches(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 Schedule = Literal["constant", "cosine", "linear"]
 
@@ -30,6 +31,25 @@ def lr_scheduler(optimizer: Optimizer, schedule: Schedule, warmup: float, num_st
         raise ValueError(f"schedule={schedule!r} needs an end: set trainer.max_steps or trainer.max_epochs")
     warmup_steps = int(warmup * num_steps) if warmup < 1 else int(warmup)
     return get_scheduler(schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=int(num_steps))
+
+
+def rate_jumps(configs: Iterable[Any]) -> list[str]:
+    """What to say of schedulers that were resumed with another length of the run: a rate that is no longer the one of
+    the step before. Empty where all go on as they were."""
+    said = []
+    for config in configs:
+        scheduler = config.scheduler
+        if not isinstance(scheduler, LambdaLR):
+            continue
+        groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, base, scale in groups:
+            now = base * scale(scheduler.last_epoch)
+            if now != group["lr"]:
+                said.append(
+                    f"The learning rate jumps from {group['lr']:.3g} to {now:.3g} after the next step: its schedule is "
+                    "laid over the new length of the run (--trainer.max_steps). schedule: constant has no length."
+                )
+    return list(dict.fromkeys(said))
 
 
 def check_finite(value: Tensor, what: str, ids: Sequence[str]) -> None:

@@ -73,6 +73,13 @@ def total_steps(trainer: Trainer, steps_per_batch: int) -> float:
     return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
 
 
+def forget_logged(trainer: Trainer) -> None:
+    """At the start of a batch: what an earlier batch logged is not logged again. Lightning would repeat the last values
+    at batches that log none (no update while dynamic sampling waits, no step of the discriminator), as if they were
+    new, and a resumed run, which does not know them, would be another curve."""
+    trainer.fit_loop.epoch_loop._results.reset(fx="training_step")
+
+
 def step_policy(
     parameters: Iterable[nn.Parameter],
     optimizer: Any,

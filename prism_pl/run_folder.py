@@ -1,9 +1,11 @@
-"""A run's folder: which one, its `config.yaml`, its last checkpoint, and going on from it.
+"""A run's folder: which one, its `config.yaml`, and whether a start goes on with what is in it.
 
     runs/align/
         config.yaml         the configuration of the newest start; earlier ones are kept as config-1.yaml, config-2.yaml
+        starts.jsonl        a line for each start: time, the step it began at, and the checkpoint or null
+        progress.json       the step of the last checkpoint
         events.out.tfevents...
-        checkpoints/last.ckpt
+        checkpoints/last.ckpt, previous.ckpt
 
 The same command in the same folder goes on from `last.ckpt`. With other settings of the model or the data it stops
 instead: two experiments would end in one curve.
@@ -17,52 +19,15 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from prism_pl.checkpoint_files import LAST, whole_file
 from prism_pl.errors import UsageError
 
-LAST = Path("checkpoints") / "last.ckpt"
 # Lightning starts the processes of further ranks with the same command line and environment: they take the folder the
 # first one chose.
 FOLDER_VARIABLE = "PRISM_RUN_FOLDER"
-
-
-class LastCheckpoint(Checkpoint):
-    """Keep `checkpoints/last.ckpt` at most `every_n_steps` steps old, or a quarter of the run, and exact at the end.
-
-    Lightning's ModelCheckpoint keeps the best and leaves `last.ckpt` where its own cadence last fell; this one serves
-    going on only. It does not save when a run breaks: the state may be half-way through a step.
-    """
-
-    def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"LastCheckpoint.every_n_steps is {every_n_steps}; it must be at least 1.")
-        self.every_n_steps = every_n_steps
-        self.started = False
-        self._saved_at = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = True
-        self._saved_at = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # A short run is saved four times, so that a break never costs more than a quarter of it.
-        quarter = trainer.max_steps // 4 if trainer.max_steps > 0 else self.every_n_steps
-        if trainer.global_step - self._saved_at >= max(1, min(self.every_n_steps, quarter)):
-            self._save(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step != self._saved_at:
-            self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        if not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it from outside
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST, weights_only=False)
-            self._saved_at = trainer.global_step
 
 
 class SaveConfig(SaveConfigCallback):
@@ -84,7 +49,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def write_config(path: Path, text: str) -> None:
-    """Write `text` to `path`, after moving a different content there to `NAME-1.yaml` or the next free number."""
+    """Write `text` to `path`, after copying a different content there to `NAME-1.yaml` or the next free number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         if path.read_text() == text:
@@ -92,8 +57,9 @@ def write_config(path: Path, text: str) -> None:
         number = 1
         while (aside := path.with_stem(f"{path.stem}-{number}")).exists():
             number += 1
-        shutil.move(path, aside)
-    path.write_text(text)
+        shutil.copy2(path, aside)
+    with whole_file(path) as file:  # a kill in between must not lose what the next start compares itself with
+        file.write(text.encode())
 
 
 def fresh_folder(folder: Path) -> Path:
@@ -112,9 +78,18 @@ def fresh_folder(folder: Path) -> Path:
     return chosen
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from: a file, or a folder as DeepSpeed writes it."""
-    return folder / LAST if (folder / LAST).exists() else None
+def check_writable(folder: Path) -> None:
+    """Make the run's folder and write to it; UsageError where that cannot be done, before an hour of training."""
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"the run folder {folder} cannot be written to ({error.strerror}): make it writable, or choose another "
+            "with --trainer.default_root_dir."
+        ) from error
 
 
 def refuse_other_settings(folder: Path, config: dict[str, Any]) -> list[str]:

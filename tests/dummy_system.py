@@ -1,5 +1,6 @@
 """The smallest system that the command line can run: one weight, one policy specification, one optimiser."""
 
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,6 +9,8 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch.utils.data import DataLoader
+
+from prism_pl.optim import lr_scheduler
 
 
 @dataclass
@@ -26,6 +29,9 @@ class DummyModule(LightningModule):
         fail_at: int = -1,
         interrupt_at: int = -1,
         pause: float = 0.0,
+        signals: dict[int, int] | None = None,
+        twice: bool = False,
+        cosine: bool = False,
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -38,6 +44,7 @@ class DummyModule(LightningModule):
                 raise ValueError("policy.path is 'gone', which is no model.") from error
         self.policy, self.optimizer, self.fail_at, self.interrupt_at = policy, optimizer, fail_at, interrupt_at
         self.pause = pause  # seconds a step
+        self.signals, self.twice, self.cosine = signals or {}, twice, cosine
         self.layer = torch.nn.Linear(1, 1)
 
     def training_step(self, batch, batch_idx):
@@ -46,6 +53,8 @@ class DummyModule(LightningModule):
         if self.global_step == self.interrupt_at:
             raise KeyboardInterrupt
         time.sleep(self.pause)
+        for _ in range(self.signals.get(self.global_step, 0) and 1 + self.twice):
+            os.kill(os.getpid(), self.signals[self.global_step])
         loss = self.layer(batch).mean()
         self.log("dummy/loss", loss)
         return loss
@@ -54,7 +63,11 @@ class DummyModule(LightningModule):
         self.log("dummy/test", self.layer(batch).mean())
 
     def configure_optimizers(self):
-        return self.optimizer(self.parameters())
+        optimizer = self.optimizer(self.parameters())
+        if not self.cosine:
+            return optimizer
+        scheduler = lr_scheduler(optimizer, "cosine", 0, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class DummyData(LightningDataModule):

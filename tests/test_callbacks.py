@@ -18,6 +18,7 @@ from callbacks import Completions, Export, Progress, RewardGap, StructuralProxie
 from prism_pl.chat import render
 from prism_pl.completion_picture import Completion, draw_completions
 from tests.conftest import DEMONSTRATION, make_examples
+from tests.stubs import SaveAfter
 
 ONE = render("- red 3", "1. 3 = 3", "3")
 THREE = render("- red 3\n- blue 4\n- a 5", "1. 3\n2. 4\n3. 7", "10")
@@ -238,19 +239,24 @@ def test_a_picture_holds_long_words_many_lines_and_several_images():
 
 
 def test_export_at_the_end_and_at_each_best(tmp_path):
-    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss", filename="best", save_last=True)
-    fit(tmp_path, [Export(), checkpoint], limit_val_batches=1.0, max_epochs=3)
+    best = {"monitor": "val_loss", "filename": "best"}
+    later = SaveAfter(7, tmp_path / "later.ckpt")
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, **best)
+    fit(tmp_path, [Export(), later, checkpoint], limit_val_batches=1.0, max_epochs=3)
     # Validation losses 3, 2, 5 after 3, 6 and 9 batches: the best weights are those after 6.
+    exported = tmp_path / "export-best" / "weight.json"
     assert json.loads((tmp_path / "export" / "weight.json").read_text()) == 9
-    assert json.loads((tmp_path / "export-best" / "weight.json").read_text()) == 6
-    # A resumed run starts from later weights, which are not the best ones.
-    (tmp_path / "export-best" / "weight.json").unlink()
-    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss", filename="best", save_last=True)
-    stage = Stage(val_losses=(3, 2, 5, 4))
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    fit(tmp_path, [Export(), checkpoint], stage, limit_val_batches=1.0, max_epochs=4, ckpt_path=last)
-    assert json.loads((tmp_path / "export" / "weight.json").read_text()) == 12
-    assert not (tmp_path / "export-best" / "weight.json").exists()
+    assert json.loads(exported.read_text()) == 6
+    # last.ckpt was saved when the best was found and not yet exported; later.ckpt has later weights than the best.
+    for name, expected in (("checkpoints/last.ckpt", 6), ("later.ckpt", None)):
+        exported.unlink()
+        stage = Stage(val_losses=(3, 2, 5, 4))
+        checkpoint = ModelCheckpoint(tmp_path / "checkpoints", **best)
+        fit(tmp_path, [Export(), checkpoint], stage, limit_val_batches=1.0, max_epochs=4, ckpt_path=tmp_path / name)
+        assert json.loads((tmp_path / "export" / "weight.json").read_text()) == 12
+        assert exported.exists() == (expected is not None)
+        if expected is not None:
+            assert json.loads(exported.read_text()) == expected
 
 
 def test_without_a_monitored_checkpoint_there_is_no_best_export(tmp_path):

@@ -231,7 +231,8 @@ def test_paths_in_a_yaml_are_taken_beside_it_then_here_then_from_the_shipped_dat
 
 def test_callbacks_plus_appends(folder):
     (folder / "more.yaml").write_text(
-        "trainer:\n  callbacks+:\n  - {class_path: prism_pl.run_folder.LastCheckpoint, init_args: {every_n_steps: 1}}\n"
+        "trainer:\n  callbacks+:\n"
+        "  - {class_path: prism_pl.last_checkpoint.LastCheckpoint, init_args: {every_n_steps: 1}}\n"
     )
     summary = ["--trainer.callbacks+", "RichModelSummary"]
     assert main(["fit", "--config", "dummy.yaml", *summary, "--config", "more.yaml"]) == 0
@@ -307,7 +308,8 @@ def test_evaluation_in_a_training_folder_keeps_its_config(folder):
 
 def test_failed_run_leaves_the_last_checkpoint(folder, capsys):
     (folder / "more.yaml").write_text(
-        "trainer:\n  callbacks: [{class_path: prism_pl.run_folder.LastCheckpoint, init_args: {every_n_steps: 2}}]\n"
+        "trainer:\n  callbacks:\n"
+        "  - {class_path: prism_pl.last_checkpoint.LastCheckpoint, init_args: {every_n_steps: 2}}\n"
     )
     command = ["fit", "--config", "dummy.yaml", "--config", "more.yaml", "--trainer.max_steps", "9"]
     assert main([*command, "--model.init_args.fail_at", "3"]) == 1
@@ -321,7 +323,7 @@ def test_ctrl_c_says_how_to_go_on(folder, capsys):
     assert capsys.readouterr().err.strip().splitlines()[-1] == "Stopped before the first checkpoint was written."
     assert main([*command, "1", "--fresh"]) == 130  # a short run is saved four times: one of two steps, each time
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == "Stopped. The same command goes on from runs/dummy-2/checkpoints/last.ckpt."
+    assert last == "Stopped. The same command goes on from runs/dummy-2/checkpoints/last.ckpt at step 1."
 
 
 class Planted:

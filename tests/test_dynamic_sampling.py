@@ -94,3 +94,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(random_policy, tmp_path, saved_a
     assert again.global_step == trainer.global_step
     assert resumed.shuffle_seed == whole.shuffle_seed == 3
     assert equal(weights(resumed.policy), weights(whole.policy))
+
+
+def test_a_run_without_any_variance_stops_and_says_why(random_policy, tmp_path):
+    # Two refills a window: the fourth batch is in the second one.
+    module = make(random_policy, [W], dynamic_sampling=True, max_refills=2, max_barren=4)
+    file = tmp_path / "third.ckpt"
+    with pytest.raises(ValueError, match=r"no group to train on in 4 batches \(max_barren\).*num_rollouts"):
+        fit(module, Rows(make_examples(2)), tmp_path, [SaveAfter(2, file)], max_epochs=-1)
+    # The count goes on in a resumed run, and a group worth training ends it.
+    resumed = make(random_policy, [W], dynamic_sampling=True, max_refills=2, max_barren=4)
+    with pytest.raises(ValueError, match="in 4 batches"):
+        fit(resumed, Rows(make_examples(2)), tmp_path, ckpt=file, max_epochs=-1)
+    assert resumed.trainer.fit_loop.total_batch_idx == 3
+    module = make(random_policy, [W] * 12 + [R, W, W, W] + [W] * 12, dynamic_sampling=True, max_refills=0, max_barren=4)
+    with pytest.raises(ValueError, match="in 4 batches"):
+        fit(module, Rows(make_examples(2)), tmp_path, max_epochs=-1, max_steps=9)
+    assert module.trainer.fit_loop.total_batch_idx == 3 + 1 + 3
+
+
+@pytest.mark.parametrize("max_steps", [1, 3, 4])
+def test_a_run_stops_at_max_steps_in_the_middle_of_a_batch_too(random_policy, tmp_path, max_steps):
+    module = make(random_policy, [R, W], updates_per_batch=2)
+    trainer, _ = fit(module, Rows(make_examples(4)), tmp_path, max_steps=max_steps)
+    assert trainer.global_step == max_steps

@@ -79,7 +79,7 @@ def test_old_log_probabilities_are_of_before_the_first_update_and_the_clip_acts(
 
     monkeypatch.setattr(modules.rlvr, "policy_backward", spy)
     module = make(random_policy, [R, W, W, W], lr=1.0, updates_per_batch=2)
-    trainer, record = fit(module, Rows(make_examples(2)), tmp_path)
+    trainer, record = fit(module, Rows(make_examples(2)), tmp_path, max_steps=2)
     (first, clipped_first), (second, clipped_second) = seen
     assert torch.equal(first, second)
     fresh = build_policy(PolicySpec(random_policy))
@@ -128,7 +128,7 @@ def test_minibatches_of_whole_groups_average_to_the_batch(random_policy, tmp_pat
     for minibatches in (1, 2):
         seen = Gradients()
         module = make(random_policy, texts, lr=0.0, num_minibatches=minibatches)
-        fit(module, Rows(rows, batch_size=4), tmp_path, [seen])
+        fit(module, Rows(rows, batch_size=4), tmp_path, [seen], max_steps=minibatches)
         assert len(seen.steps) == minibatches
         gradients.append({name: sum(g[name] for g in seen.steps) / minibatches for name in seen.steps[0]})
     for name, gradient in gradients[0].items():
@@ -139,7 +139,7 @@ def test_micro_batches_make_the_same_step(random_policy, tmp_path):
     stepped = []
     for tokens in (None, 300):
         module = make(random_policy, [R, W, W, MALFORMED], num_minibatches=2, micro_batch_tokens=tokens)
-        fit(module, Rows(make_examples(4), batch_size=4), tmp_path)
+        fit(module, Rows(make_examples(4), batch_size=4), tmp_path, max_steps=2)
         stepped.append(weights(module.policy))
     for name, value in stepped[0].items():
         torch.testing.assert_close(stepped[1][name], value, atol=1e-5, rtol=1e-4, msg=name)
@@ -250,7 +250,7 @@ def test_a_loss_of_ones_own_need_not_give_metrics(random_policy, tmp_path, optio
     module = make(random_policy, [R, W], policy_loss=Bare(), **options)
     module.configure_model()
     before = weights(module.policy)
-    _, record = fit(module, Rows(make_examples(2)), tmp_path)
+    _, record = fit(module, Rows(make_examples(2)), tmp_path, max_steps=4)
     assert not equal(weights(module.policy), before)
     assert record.steps[0]["rlvr/entropy"] > 0
     assert "rlvr/num_tokens" not in record.steps[0]
@@ -303,5 +303,5 @@ def test_bad_options_and_rows_are_refused(random_policy, tmp_path):
 def test_scales_and_sequence_ratio_run(random_policy, tmp_path):
     for scale in ("batch", "none"):
         module = make(random_policy, [R, W], scale=scale, policy_loss=GSPO(), updates_per_batch=2)
-        _, record = fit(module, Rows(make_examples(2)), tmp_path)
+        _, record = fit(module, Rows(make_examples(2)), tmp_path, max_steps=2)
         assert record.steps[0]["rlvr/clip_fraction"] > 0
