@@ -189,7 +189,8 @@ class RLVRModule(LightningModule):
                 self._train(groups)
             with self.timer.phase("sync"):
                 self.rollout.sync(whole_parameters(self.policy))
-        self.log_dict(self.timer.pop() | self.rollout.metrics(), batch_size=1)
+            self.log_dict(self.rollout.metrics(), batch_size=1)
+        self.log_dict(self.timer.pop(), batch_size=1)
         return self._output(batch, rollouts, rewarded)
 
     def _sample(self, batch: PromptBatch) -> tuple[list[Rollout], RewardOutput]:

@@ -4,6 +4,7 @@ A SIGKILL of the run's own process is as real as one from outside, nothing is fl
 at the same point every time.
 """
 
+import importlib
 import io
 import json
 import os
@@ -156,12 +157,12 @@ class Runner:
 
 def serve() -> None:
     """The process that `Runner` forks from."""
-    import transformers  # noqa: F401
-
     from prism_pl.__main__ import main
     from prism_pl.cli import import_systems
 
     import_systems()
+    for module in ("torch.utils.tensorboard", "prism_pl.metrics", "transformers.models.qwen3_vl.modeling_qwen3_vl"):
+        importlib.import_module(module)
     for line in sys.stdin:
         command, folder = json.loads(line)
         child = os.fork()

@@ -4,6 +4,7 @@ Importing the libraries takes a good part of a short stage, so they are imported
 of this process. A process that may speak to a GPU cannot be forked; there each command imports everything anew.
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -85,6 +86,7 @@ class ProcessRunner:
             importlib.import_module("vllm.v1.worker.cpu_worker")
             importlib.import_module("vllm.model_executor.models.qwen3_vl")
         gc.freeze()  # collections in a fork then pass over what was imported
+        atexit.register(gc.unfreeze)
 
     def start(self, args: list[str], log: Path, on_screen: bool) -> Job:
         terminal = on_screen and sys.stdout.isatty()
