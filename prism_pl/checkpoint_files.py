@@ -56,15 +56,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise CheckpointNotWritten(_not_written(path, error)) from error
 
 
+def intact(last: Path) -> str:
+    """What is left to go on from, for messages."""
+    return f"{last} is intact, and the same command goes on from it" if last.exists() else "there is no checkpoint yet"
+
+
 def _not_written(path: Path, error: BaseException) -> str:
     reason: BaseException | None = error
     while reason is not None and not isinstance(reason, OSError):
         reason = reason.__cause__ or reason.__context__
     said = (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(error).splitlines()[0]
-    last = path.parent / LAST.name
-    intact = f"{last} is intact, and the same command goes on from it" if last.exists() else "none was there before it"
     return (
-        f"the checkpoint {path} could not be written ({said}): free space there or make it writable; {intact}. "
+        f"the checkpoint {path} could not be written ({said}): free space there or make it writable; "
+        f"{intact(path.parent / LAST.name)}. "
         "Another place is --trainer.default_root_dir."
     )
 

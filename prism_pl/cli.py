@@ -27,6 +27,7 @@ from prism_pl.checkpoint_files import (
     AtomicCheckpointIO,
     LastCheckpoints,
     Summary,
+    intact,
     read_summary,
     refuse_lost_checkpoint,
 )
@@ -34,7 +35,14 @@ from prism_pl.errors import Stopped, UsageError, did_you_mean
 from prism_pl.explain import explain, file_with_key, nested_keys, own_error
 from prism_pl.last_checkpoint import LastCheckpoint
 from prism_pl.origin import SYSTEMS, check_origin
-from prism_pl.run_folder import SaveConfig, check_writable, fresh_folder, refuse_other_settings
+from prism_pl.run_folder import (
+    SaveConfig,
+    check_writable,
+    fresh_folder,
+    hush_writer_threads,
+    nameless_write_error,
+    refuse_other_settings,
+)
 from prism_pl.shipped import find_config, resolve_paths, stage_of
 
 HALF_WEIGHTS = ("bf16-true", "16-true")
@@ -47,6 +55,7 @@ def run(args: list[str]) -> None:
     if fresh and args[0] != "fit":
         raise UsageError(f"--fresh belongs to fit; {args[0]} writes nothing that it could go on with.")
     import_systems()
+    hush_writer_threads()
     PrismCLI([arg for arg in args if arg != "--fresh"], fresh=fresh)
 
 
@@ -118,7 +127,7 @@ class PrismCLI(LightningCLI):
     def __init__(self, args: list[str], fresh: bool = False) -> None:
         self.fresh = fresh
         self.resume_from: Path | None = None
-        self.resumed = Summary()
+        self.resumed = Summary(step=0, num_batches=0)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -218,7 +227,10 @@ class PrismCLI(LightningCLI):
             # Empty name and version: the event files lie in the run's folder itself. What a killed run logged behind
             # its last checkpoint is logged again, and TensorBoard drops the first of the two.
             kwargs["logger"] = TensorBoardLogger(
-                config.default_root_dir, name="", version="", purge_step=self.resumed.num_batches
+                config.default_root_dir,
+                name="",
+                version="",
+                purge_step=self.resumed.num_batches if self.subcommand == "fit" else None,
             )
         callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         callbacks = [callback for callback in callbacks if callback is not None]
@@ -248,6 +260,14 @@ class PrismCLI(LightningCLI):
             if self.trainer.state.status == TrainerStatus.INTERRUPTED:
                 raise Stopped(self._how_to_go_on()) from stop
             raise
+        except OSError as error:
+            if not nameless_write_error(error):
+                raise
+            folder = Path(self.trainer.default_root_dir)
+            raise OSError(
+                f"{folder} cannot be written to ({error.strerror}): free space there or make it writable; "
+                f"{intact(folder / LAST)}."
+            ) from error
         if subcommand == "fit" and self.resume_from is not None and not self._trained():
             rank_zero_info(
                 f"{self.trainer.default_root_dir} was finished already, at step {self.trainer.global_step}. "

@@ -11,8 +11,11 @@ The same command in the same folder goes on from `last.ckpt`. With other setting
 instead: two experiments would end in one curve.
 """
 
+import contextlib
+import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,13 +86,30 @@ def check_writable(folder: Path) -> None:
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        probe.write_bytes(bytes(4096))  # on a full disk a name finds room and its content none
         probe.unlink()
     except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
         raise UsageError(
-            f"the run folder {folder} cannot be written to ({error.strerror}): make it writable, or choose another "
-            "with --trainer.default_root_dir."
+            f"the run folder {folder} cannot be written to ({error.strerror}): free space there or make it writable, "
+            "or choose another with --trainer.default_root_dir."
         ) from error
+
+
+def nameless_write_error(error: OSError) -> bool:
+    """Whether a full or read-only disk is behind an error that does not say where, as TensorBoard's writer raises."""
+    return error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def hush_writer_threads() -> None:
+    """TensorBoard's thread passes such an error on to the run, whose message is enough: no traceback of its own."""
+
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not (isinstance(raised.exc_value, OSError) and nameless_write_error(raised.exc_value)):
+            threading.__excepthook__(raised)
+
+    threading.excepthook = hook
 
 
 def refuse_other_settings(folder: Path, config: dict[str, Any]) -> list[str]:
