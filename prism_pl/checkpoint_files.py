@@ -218,7 +218,8 @@ def _way_out(broken: Path) -> str:
         else:
             return (
                 f"The one before it, {files.previous}{older}, is whole: the same command with --ckpt_path "
-                f"{files.previous} goes on from there; --fresh starts anew."
+                f"{files.previous} goes on from there (in a pipeline: delete {files.last}, and the same command does); "
+                "--fresh starts anew."
             )
     return "Bring it back from a copy; --ckpt_path goes on from another one, --fresh starts anew."
 

@@ -4,6 +4,7 @@ The only file of prism_pl that imports modules, datamodules and callbacks, after
 Launch: `python -m prism_pl fit --config align.yaml`.
 """
 
+import contextlib
 import importlib
 import pkgutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from prism_pl import __version__
 from prism_pl.checkpoint_files import (
@@ -39,6 +40,7 @@ from prism_pl.run_folder import (
     SaveConfig,
     check_writable,
     fresh_folder,
+    held,
     hush_writer_threads,
     nameless_write_error,
     refuse_other_settings,
@@ -128,19 +130,20 @@ class PrismCLI(LightningCLI):
         self.fresh = fresh
         self.resume_from: Path | None = None
         self.resumed = Summary(step=0, num_batches=0)
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            # The modules build their optimisers from OptimizerCallable arguments: an optimiser class as a default would
-            # leak its settings into the one a YAML names.
-            auto_configure_optimizers=False,
-            save_config_callback=SaveConfig,
-            seed_everything_default=42,
-            parser_class=PrismParser,
-            args=args,
-        )
+        with contextlib.ExitStack() as self._held:  # the run folder, while the command runs
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                # The modules build their optimisers from OptimizerCallable arguments: an optimiser class as a default
+                # would leak its settings into the one a YAML names.
+                auto_configure_optimizers=False,
+                save_config_callback=SaveConfig,
+                seed_everything_default=42,
+                parser_class=PrismParser,
+                args=args,
+            )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", [f"prism_pl=={__version__}", f"lightning.pytorch=={pl.__version__}"])
@@ -190,6 +193,8 @@ class PrismCLI(LightningCLI):
         rank_zero_info(f"Run folder: {folder} (tensorboard --logdir {folder})")
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             check_writable(folder)
+            if rank_zero_only.rank == 0:
+                self._held.enter_context(held(folder))
             self._go_on(folder, config)
 
     def _go_on(self, folder: Path, config: Namespace) -> None:

@@ -149,7 +149,9 @@ class Ledger:
         way_out = "Put back a copy of it, or choose another --run_folder; the stages' own folders are unharmed."
         try:
             content = json.loads(file.read_text())
-            found = content["format"]
+            found, stages = content["format"], content["stages"]
+            if not isinstance(stages, dict):
+                raise TypeError("its stages are no object")
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{file} is no whole ledger ({error!r}). {way_out}") from None
         if found != FORMAT:

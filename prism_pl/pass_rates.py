@@ -38,6 +38,8 @@ def read_pass_rates(file: Path) -> dict[str, float]:
         )
     rates: dict[str, float] = {}
     for number, line in enumerate(file.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
         where = f"{file}, line {number}"
         id, rate = _pass_rate(line, where)
         if id in rates:

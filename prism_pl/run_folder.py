@@ -4,6 +4,7 @@
         config.yaml         the configuration of the newest start; earlier ones are kept as config-1.yaml, config-2.yaml
         starts.jsonl        a line for each start: time, the step it began at, and the checkpoint or null
         progress.json       the step of the last checkpoint
+        .fit.lock           held by the process that trains there
         events.out.tfevents...
         checkpoints/last.ckpt, previous.ckpt
 
@@ -13,6 +14,7 @@ instead: two experiments would end in one curve.
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -31,6 +33,7 @@ from prism_pl.errors import UsageError
 # Lightning starts the processes of further ranks with the same command line and environment: they take the folder the
 # first one chose.
 FOLDER_VARIABLE = "PRISM_RUN_FOLDER"
+LOCK = ".fit.lock"
 
 
 class SaveConfig(SaveConfigCallback):
@@ -75,10 +78,35 @@ def fresh_folder(folder: Path) -> Path:
             )
         return Path(os.environ[FOLDER_VARIABLE])
     chosen, number = folder, 2
-    while chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
+    while chosen.exists() and (not chosen.is_dir() or any(path.name != LOCK for path in chosen.iterdir())):
         chosen, number = folder.with_name(f"{folder.name}-{number}"), number + 1
     os.environ[FOLDER_VARIABLE] = str(chosen)
     return chosen
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a run's folder for this process: two fits in it would remove each other's checkpoints.
+
+    The lock is the system's and of this process alone: it ends with it, however that ends, and no worker inherits it.
+
+    Raises:
+        UsageError: another process trains there.
+    """
+    with open(folder / LOCK, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # systems differ in what they raise
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UsageError(
+                f"{folder} is in use: process {holder} trains there. Wait for it, stop it (kill -INT {holder}), or "
+                "choose another --trainer.default_root_dir."
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def check_writable(folder: Path) -> None:

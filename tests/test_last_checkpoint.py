@@ -1,8 +1,11 @@
 """What a run goes on from: broken, lost and full places, Ctrl+C, and what a start says and notes down."""
 
+import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from prism_pl import checkpoint_files
 from prism_pl.__main__ import main
 from prism_pl.checkpoint_files import LastCheckpoints
 from prism_pl.optim import lr_scheduler, rate_jumps
+from prism_pl.pipeline.plan import checkpoint_in
 from tests.test_cli import DUMMY, last_step
 
 FIT = ["fit", "--config", "dummy.yaml"]
@@ -209,6 +213,38 @@ def test_a_kill_between_the_two_renames_leaves_the_new_checkpoint_to_go_on_from(
     starts = [json.loads(line) for line in (RUN / "starts.jsonl").read_text().splitlines()]
     assert (starts[1]["step"], starts[1]["checkpoint"]) == (2, str(LAST))
     assert (step(PREVIOUS), step(LAST)) == (2, 3)
+
+
+def test_the_pipeline_and_a_run_agree_on_what_it_goes_on_from(tmp_path):
+    for names in itertools.product(*(("", name) for name in ("last.ckpt", "previous.ckpt", "next.ckpt"))):
+        run = tmp_path / ("-".join(names) or "none")
+        (run / "checkpoints").mkdir(parents=True)
+        for name in filter(None, names):
+            (run / "checkpoints" / name).touch()
+        assert checkpoint_in(run) == LastCheckpoints(run).to_go_on_from(), names
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(folder, capsys):
+    assert main(FIT) == 0
+    before = LAST.read_bytes()
+    script = f"""
+import sys, time
+from pathlib import Path
+from prism_pl.run_folder import held
+with held(Path({str(RUN)!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    path = os.pathsep.join(sys.path)
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | {"PYTHONPATH": path}) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert main([*FIT, STEPS, "4"]) == 2
+        assert f"{RUN} is in use: process {other.pid} trains there." in message(capsys)
+        assert LAST.read_bytes() == before
+        other.kill()
+    assert main([*FIT, STEPS, "4"]) == 0
 
 
 # Ctrl+C

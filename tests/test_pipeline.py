@@ -194,6 +194,14 @@ def test_the_policy_from_outside_altered_is_noticed():
         start()
 
 
+def test_a_checkpoint_from_outside_altered_is_noticed():
+    Path("other.ckpt").write_text("some")
+    start("--sft.ckpt_path", "other.ckpt")
+    Path("other.ckpt").write_text("others")
+    with pytest.raises(UsageError, match=r"sft: .*other\.ckpt \(ckpt_path\) has other contents"):
+        start("--sft.ckpt_path", "other.ckpt")
+
+
 def test_a_moved_run_folder_is_still_finished():
     start()
     Path("run").rename("moved")
@@ -250,6 +258,32 @@ def test_a_failed_stage_is_named_with_its_log_and_tried_again():
     assert start().started == ["align", *ALL[3:], "report"]
 
 
+def test_what_an_earlier_attempt_said_is_not_told_of_this_one():
+    with pytest.raises(PipelineFailed, match="It said: the loss is not finite"):
+        start(runner=FakeRunner({"align": 1}))
+
+    class Silent(FakeRunner):
+        def start(self, args, log, on_screen):
+            before = log.read_text()
+            job = super().start(args, log, on_screen)
+            log.write_text(before)
+            return job
+
+    with pytest.raises(PipelineFailed, match="ended by SIGKILL") as error:
+        start(runner=Silent({"align": -9}))
+    assert "It said" not in str(error.value)
+
+
+def test_a_fit_by_hand_in_a_stages_folder_is_not_gone_on_with_unasked():
+    Path("run/align").mkdir(parents=True)
+    save_checkpoint("align", 7)
+    with pytest.raises(UsageError, match="align: run/align holds a run that the ledger knows nothing of"):
+        start()
+    assert start("--update").started == [*ALL, "report"]
+    assert Path("run/earlier/align/checkpoints/last.ckpt").exists()
+    assert ledger()["stages"]["align"]["resumed_from_step"] is None
+
+
 def test_a_stage_that_was_killed_goes_on_from_its_checkpoint(capsys):
     with pytest.raises(PipelineFailed, match=r"ended by SIGKILL \(often: out of memory\)"):
         start(runner=FakeRunner({"align": -9}))
@@ -272,6 +306,10 @@ def test_a_killed_pipeline_goes_on(folder):
     assert statuses()["rlvr"] == "running"
     assert start().started == [*ALL[4:], "report"]
     assert set(statuses().values()) == {"finished"}
+    killed, finished = ledger()["stages"]["rlvr"]["attempts"]
+    assert (killed["status"], finished["status"]) == ("interrupted", "finished")
+    assert killed["seconds"] >= 0
+    assert killed["ended"] >= killed["started"]
 
 
 def kill_at(name: str) -> None:
@@ -462,9 +500,10 @@ def test_a_reference_without_quotes_is_understood():
     assert start().started == [*ALL, "report"]
 
 
-def test_a_broken_ledger_is_named():
+@pytest.mark.parametrize("content", ['{"format": 1, ', "[]", "{}", '{"format": 1}', '{"format": 1, "stages": []}'])
+def test_a_broken_ledger_is_named(content):
     start()
-    Path("run/ledger.json").write_text('{"format": 1, ')
+    Path("run/ledger.json").write_text(content)
     with pytest.raises(UsageError, match=r"run/ledger\.json is no whole ledger"):
         start()
 

@@ -105,7 +105,7 @@ class Start:
         self.wanted = self._resolve(ledger, runner, set())
         plan = make_plan(self.graph, self.wanted, ledger, self.update)
         anew = {name for name, step in plan.items() if step.action == "rerun"}
-        if any(ledger.stages[name]["taken_from"] for name in anew):
+        if any(ledger.stages[name]["taken_from"] for name in anew & ledger.stages.keys()):
             # What was taken from another pipeline runs anew in this one's folder.
             self.wanted = self._resolve(ledger, runner, anew)
         print(f"Pipeline in {ledger.folder}:")

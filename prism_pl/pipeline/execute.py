@@ -5,6 +5,8 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType
 
 from prism_pl.errors import EXIT_STOPPED, PipelineFailed, Stopped
@@ -48,6 +50,7 @@ class Execution:
         self.parallel, self.command = parallel, command
         self.versions = versions()
         self.running: dict[str, tuple[Job, float]] = {}
+        self.log_begins: dict[str, int] = {}  # where this attempt's part of the log begins, in bytes
         self.failed: list[str] = []  # what failed, in sentences
         self.interrupted = False
 
@@ -93,7 +96,7 @@ class Execution:
         for name in reversed(list(self.graph)):
             if self.plan[name].action != "rerun":
                 continue
-            entry = self.ledger.stages.pop(name)
+            entry = self.ledger.stages.pop(name, None) or self._new_entry(name)
             folder = self.ledger.path(entry)
             if entry["taken_from"] is None and folder.exists():
                 aside = free_folder(self.ledger.folder / EARLIER / name)
@@ -156,6 +159,9 @@ class Execution:
         wanted, folder = self.wanted[name], self.ledger.folder / name
         entry = self._new_entry(name)
         entry["attempts"], entry["parents"] = self.ledger.stages[name]["attempts"], parents
+        for attempt in entry["attempts"]:
+            if attempt["status"] == "running":  # the pipeline was killed with it, and noted nothing
+                _end_of_killed(attempt, folder / LOG)
         step = step_of(checkpoint_in(folder)) if entry["kind"] == "fit" else None
         attempt = Attempt(
             started=now(), ended=None, seconds=None, status="running", exit_code=None, resumed_from_step=step
@@ -171,7 +177,9 @@ class Execution:
             print(f"\n[{name}]{here} $ {entry['command']}", flush=True)
         else:
             print(f"[{name}] started{here}; prints to {folder / LOG}", flush=True)
-        job = self.runner.start(wanted.args, folder / LOG, on_screen=self.parallel == 1)
+        log = folder / LOG
+        self.log_begins[name] = log.stat().st_size if log.exists() else 0
+        job = self.runner.start(wanted.args, log, on_screen=self.parallel == 1)
         self.running[name] = (job, time.monotonic())
         if self.interrupted:  # the signal came while it was started
             job.interrupt()
@@ -239,10 +247,23 @@ class Execution:
         log = self.ledger.path(entry, "log")
         if entry["exit_code"] == 0:
             return f"Stage {name} ended without writing {', '.join(unwritten)}; its log is {log}."
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        # Of this attempt alone: what an earlier one said was mended, or is not what ended this one.
+        said = log.read_bytes()[self.log_begins[name] :] if log.exists() else b""
+        lines = said.decode(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()]
         last = f" It said: {errors[-1].removeprefix('error: ')}" if errors else ""
         return f"Stage {name} failed{_exit(entry['exit_code'])}; its log is {log}.{last}"
+
+
+def _end_of_killed(attempt: Attempt, log: Path) -> None:
+    """Note when an attempt last printed as its end, so that the stage's time counts it."""
+    start = datetime.fromisoformat(attempt["started"])
+    last = datetime.fromtimestamp(log.stat().st_mtime, UTC) if log.exists() else start
+    attempt.update(
+        status="interrupted",
+        ended=max(start, last).isoformat(timespec="seconds"),
+        seconds=round(max(0.0, (last - start).total_seconds()), 1),
+    )
 
 
 def _exit(code: int | None) -> str:

@@ -117,7 +117,8 @@ class ProcessJob:
         if code is not None:
             self._write(self._line)
             os.close(self.reader)
-            self.log.close()
+            with contextlib.suppress(OSError):  # what was not written above
+                self.log.close()
         return code
 
     def interrupt(self) -> None:
@@ -147,8 +148,9 @@ class ProcessJob:
     def _write(self, line: bytes) -> None:
         """A line of the log: without terminal codes, and only the last state of one that was written over."""
         text = TERMINAL_CODE.sub(b"", line).rstrip(b"\r\n").rpartition(b"\r")[2]
-        self.log.write(text + b"\n" if line.endswith(b"\n") else text)
-        self.log.flush()
+        with contextlib.suppress(OSError):  # a full disk: the stage itself says so when it wants to save
+            self.log.write(text + b"\n" if line.endswith(b"\n") else text)
+            self.log.flush()
 
 
 def can_fork() -> bool:

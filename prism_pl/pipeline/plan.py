@@ -13,9 +13,9 @@ from prism_pl.pipeline.graph import OUTPUTS, Graph
 from prism_pl.pipeline.schema import is_path_key
 
 Action = Literal["skip", "resume", "run", "rerun", "stop"]
-# Of a fit's folder, the newest first; progress.json says that there has been one.
-CHECKPOINTS = ("checkpoints/last.ckpt", "checkpoints/previous.ckpt")
-PROGRESS = "progress.json"
+# Of a fit's folder, see `prism_pl.checkpoint_files`, which is too heavy to import here.
+LAST, PREVIOUS, NEXT = (f"checkpoints/{name}.ckpt" for name in ("last", "previous", "next"))
+PROGRESS = "progress.json"  # says that there has been one
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ def with_stage_names(value: Any, folders: Mapping[str, Path]) -> Any:
 
 
 def outside_inputs(config: Mapping[str, Any], cache: dict[Path, str]) -> dict[str, dict[str, str]]:
-    """The files and folders that model and data read from outside the pipeline, with their hashes."""
+    """The files and folders that a stage reads from outside the pipeline, with their hashes."""
     found: dict[str, dict[str, str]] = {}
-    for section in ("model", "data"):
+    for section in ("model", "data", "ckpt_path"):
         for key, value in _paths(config.get(section), section):
             path = Path(value)
             if value and not value.startswith("{") and path.exists():
                 if path not in cache:
-                    cache[path] = hash_path(path, contents=section == "model" or path.is_file())
+                    cache[path] = hash_path(path, contents=section != "data" or path.is_file())
                 found[key] = {"path": value, "sha256": cache[path]}
     return found
 
@@ -103,7 +103,7 @@ def make_plan(graph: Graph, wanted: Mapping[str, Wanted], ledger: Ledger, update
     for name, node in graph.items():
         entry = ledger.stages.get(name)
         if entry is None or entry["status"] == "pending":
-            plan[name] = Step("run", "not run yet")
+            plan[name] = _first_start(ledger.folder / name, update)
             continue
         changes = changed(name, entry, wanted[name], ledger, graph)
         anew = [parent for parent in node.parents if plan[parent].action != "skip"]
@@ -119,6 +119,14 @@ def make_plan(graph: Graph, wanted: Mapping[str, Wanted], ledger: Ledger, update
             step = Step("rerun" if free else "stop", reason, changes)
         plan[name] = step
     return plan
+
+
+def _first_start(folder: Path, update: bool) -> Step:
+    """Of a stage that the ledger has not run; a fit by hand in its folder would be gone on with, whatever it was."""
+    if checkpoint_in(folder) is None and not (folder / PROGRESS).exists():
+        return Step("run", "not run yet")
+    found = f"{folder} holds a run that the ledger knows nothing of"
+    return Step("rerun" if update else "stop", found, [found])
 
 
 def changed(name: str, entry: Entry, wanted: Wanted, ledger: Ledger, graph: Graph) -> list[str]:
@@ -155,15 +163,18 @@ def _how_it_goes_on(entry: Entry, ledger: Ledger) -> str:
 
 
 def checkpoint_in(folder: Path) -> Path | None:
-    """What a fit goes on from, or None."""
-    return next((folder / name for name in CHECKPOINTS if (folder / name).exists()), None)
+    """What a fit goes on from, or None; as `LastCheckpoints.to_go_on_from` has it."""
+    last, previous, made = (folder / name for name in (LAST, PREVIOUS, NEXT))
+    if not last.exists() and previous.exists() and made.exists():
+        return made  # killed between two renames
+    return next((path for path in (last, previous) if path.exists()), None)
 
 
 def _lost(entry: Entry, ledger: Ledger) -> list[str]:
     """A fit that had a checkpoint and has none is not silently begun anew."""
     folder = ledger.path(entry)
     lost = (folder / PROGRESS).exists() and checkpoint_in(folder) is None
-    return [f"{folder / CHECKPOINTS[0]}, to go on from, is gone"] if lost else []
+    return [f"{folder / LAST}, to go on from, is gone"] if lost else []
 
 
 def _nothing_to_lose(entry: Entry, ledger: Ledger) -> bool:
