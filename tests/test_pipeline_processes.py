@@ -125,6 +125,13 @@ def test_the_shipped_pipeline_is_whole(tmp_path, monkeypatch, capsys):
     assert steps == {"runs/pipeline/rlvr": None, "runs/pipeline/sft-rlvr": str(sum(alone))}
     assert list(tmp_path.iterdir()) == []
 
+    # Pass rates are found by the rows' ids alone: whoever measures and whoever trains has to make the same rows.
+    options = ["--rlvr.data.max_digits", "2", "--rlvr.data.num_train", "96"]
+    assert main(["pipeline", "--config", "pipeline.yaml", "--dry-run", *options]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "/filter.yaml" in line or "/rlvr.yaml" in line]
+    assert len(lines) == 4
+    assert all("--data.max_digits 2" in line and "--data.num_train 96" in line for line in lines)
+
 
 @pytest.mark.slow
 def test_a_killed_pipeline_leaves_no_stage_behind_and_goes_on_side_by_side(folder):
