@@ -4,6 +4,7 @@ So data sets hold no images and the same seed gives the same bytes; handwriting 
 validation and test.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,7 +106,7 @@ def make_example(
     family = recipe.families[index % len(recipe.families)]
     scene, question = _scene_and_question(split, family, rng, recipe)
     row = Example(
-        id=_row_id(split, seed, index),
+        id=_row_id(split, seed, index, recipe),
         question=question.text,
         images=[draw(scene)] if with_image else [],
         answers=[question.answer],
@@ -207,8 +208,13 @@ class DigitsDataset(Dataset[Example]):
     @property
     def ids(self) -> list[str]:
         """The rows' ids, without making the rows."""
-        return [_row_id(self.split, self.seed, index) for index in range(self.num_rows)]
+        return [_row_id(self.split, self.seed, index, self.recipe) for index in range(self.num_rows)]
 
 
-def _row_id(split: Split, seed: int, index: int) -> str:
-    return f"digits-{split}-{seed}-{index}"
+def _row_id(split: Split, seed: int, index: int, recipe: Recipe) -> str:
+    """What asks other questions has another id: one prompt's pass rate must not be taken for another's."""
+    asked, default = (
+        (r.max_digits, tuple(r.hard_digits), tuple(r.families), r.system_prompt) for r in (recipe, Recipe())
+    )
+    other = "" if asked == default else "-" + hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
+    return f"digits-{split}-{seed}-{index}{other}"

@@ -334,3 +334,12 @@ def test_explained_rows_show_the_scene_then_true_steps_and_no_block():
         check = check_steps(steps, row.meta["scene"], {**row.meta, "family": FAMILIES[index % len(FAMILIES)]})
         assert check.correct == check.stated == check.expected
     assert 16 < in_lines < 48
+
+
+def test_rows_that_ask_other_questions_have_other_ids():
+    ids = {make_example("rlvr", 0, 0, recipe, with_image=False).id for recipe in (None, Recipe(), Recipe(captions=0.1))}
+    assert ids == {"digits-rlvr-0-0"}  # the share of captions is of `pretrain` rows
+    others = [Recipe(max_digits=2), Recipe(hard_digits=(5, 6)), Recipe(families=("sum",)), Recipe(system_prompt=None)]
+    ids |= {make_example("rlvr", 0, 0, recipe, with_image=False).id for recipe in others}
+    assert len(ids) == 5
+    assert DigitsDataset("rlvr", 1, 0, Recipe(max_digits=2)).ids[0] in ids
