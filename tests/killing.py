@@ -29,6 +29,10 @@ from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 
 ROOT = Path(__file__).parent.parent
 KILLED = "killed"
+# In a checkpoint, but read by nothing that we do: ModelCheckpoint's record of its last score, which Lightning does not
+# load; and its counts of validation batches, which it counts otherwise after a resume at an epoch's end. They serve
+# going on in the middle of a validation, where no checkpoint is taken.
+UNREAD = ("/current_score", "epoch_loop.val_loop.batch_progress")
 Moment = Literal["start", "step", "end", "validation", "writing", "renaming", "published"]
 
 
@@ -221,8 +225,7 @@ def contents(folder: Path) -> dict[str, Any]:
     name."""
     flat: dict[str, Any] = {}
     _flatten(torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True), "checkpoint", str(folder), flat)
-    # ModelCheckpoint's record of its last score, which Lightning neither loads nor reads.
-    flat = {key: value for key, value in flat.items() if not key.endswith("/current_score")}
+    flat = {key: value for key, value in flat.items() if not any(part in key for part in UNREAD)}
     for file in sorted((folder / "run").glob("export*/*.safetensors")):
         _flatten(load_file(file), f"{file.parent.name}/{file.name}", str(folder), flat)
     return flat
