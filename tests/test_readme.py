@@ -78,7 +78,7 @@ def test_the_python_example_trains(swap):
         '"assets/sft"': repr(str(ROOT / "assets" / "sft")),
         f"max_steps={max_steps}": "max_steps=1, accelerator='cpu', enable_progress_bar=False, logger=False",
         f"num_train={num_train}": "num_train=2, num_validation=2",
-        "batch_size=8)": "batch_size=2)",
+        "batch_size=64)": "batch_size=2)",
         "reward=BriefReward()": "reward=BriefReward(), num_rollouts=2",
         "max_tokens=112": "max_tokens=16",
     }

@@ -148,7 +148,7 @@ def test_killed_while_a_checkpoint_is_written_alignment_ends_as_if_it_had_not_be
 
 
 def test_killed_with_groups_in_the_buffer_dynamic_sampling_ends_as_if_it_had_not_been(runs, tmp_path):
-    folder = runs.killed("dapo", {"batch": 5, "moment": "end", "waiting": True}, tmp_path)
+    folder = runs.killed("dapo", {"batch": 9, "moment": "end", "waiting": True}, tmp_path)
     assert starts(folder)[1]["step"] > 0
     assert_same(runs.whole("dapo"), folder)
 

@@ -181,12 +181,12 @@ class InTurn:
         return RewardOutput(torch.tensor([self.rewards[b % len(self.rewards)] for b in range(len(responses))]))
 
 
-@pytest.mark.parametrize("kl", [KLPenalty(0.1), KLPenalty(0.1, kind="k3"), KLPenalty(0.1, "reward", "k1")])
+@pytest.mark.parametrize("kl", [KLPenalty(0.5), KLPenalty(0.5, kind="k3"), KLPenalty(0.5, "reward", "k1")])
 def test_a_kl_penalty_pulls_back_to_the_start(random_policy, tmp_path, kl):
     rows, moved = make_examples(8), {}
     for penalty in (None, kl):
         # Centred rewards only: two rewards divided by their std are +-0.71 whatever a penalty takes off.
-        module = make(random_policy, [R, W], kl=penalty, lr=0.1, scale="none")
+        module = make(random_policy, [R, W], kl=penalty, lr=0.03, scale="none")
         _, record = fit(module, Rows(rows), tmp_path, max_steps=4)
         moved[penalty] = drift(module, rows[:2], [R, W])
     # Nothing to pull at before the first step has moved the policy.

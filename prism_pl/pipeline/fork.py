@@ -24,11 +24,12 @@ def fork(graph: Graph, stage: str, folder: Path, to: Path | None, command: str) 
     old = Ledger.read(folder)
     if old is None:
         raise UsageError(f"--from {stage}: {folder} holds no pipeline to fork (--run_folder names it).")
-    unfinished = [n for n in graph.above(stage) if n not in old.stages or old.stages[n]["status"] != "finished"]
+    done = {name for name, entry in old.stages.items() if entry["status"] == "finished"}
+    unfinished = [name for name in graph if name in graph.above(stage) - done]
     if unfinished:
         raise UsageError(
             f"--from {stage}: it depends on {', '.join(unfinished)}, which {folder} has not finished. Run that first, "
-            f"or fork from {next(name for name in graph if name in unfinished)}."
+            f"or fork from {unfinished[0]}."
         )
     new = to or free_folder(folder)
     if not is_free(new):
