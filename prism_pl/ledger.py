@@ -232,16 +232,3 @@ def locked(folder: Path) -> Iterator[int]:
         handle.write(f"{os.getpid()}\n")
         handle.flush()
         yield handle.fileno()
-
-
-def free_folder(folder: Path) -> Path:
-    """`folder` where it is free, else the first free of `folder-2`, `folder-3`, ..."""
-    chosen, number = folder, 2
-    while not is_free(chosen):
-        chosen, number = folder.with_name(f"{folder.name}-{number}"), number + 1
-    return chosen
-
-
-def is_free(folder: Path) -> bool:
-    """Whether a folder is new, or empty but for the lock of a pipeline that did not begin."""
-    return not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import yaml
 
 from prism_pl.errors import UsageError, did_you_mean
-from prism_pl.ledger import Ledger, free_folder, locked, plain
+from prism_pl.folders import free_folder
+from prism_pl.ledger import LOCK, Ledger, locked, plain
 from prism_pl.pipeline.execute import Execution
 from prism_pl.pipeline.fork import fork
 from prism_pl.pipeline.graph import Graph, build_graph, command_of
@@ -71,7 +72,7 @@ def run(args: list[str], runner: Runner | None = None) -> None:
     else:
         ledger = None
         if options.fresh:
-            folder = free_folder(folder)
+            folder = free_folder(folder, LOCK)
             command = _in_folder(args, folder)
     start = Start(pipeline, graph, options.update, command)
     if options.dry_run:

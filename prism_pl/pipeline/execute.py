@@ -11,7 +11,8 @@ from types import FrameType
 
 from prism_pl.errors import EXIT_STOPPED, PipelineFailed, Stopped
 from prism_pl.fingerprint import hash_path, hash_value, versions
-from prism_pl.ledger import EARLIER, Attempt, Entry, Ledger, Status, free_folder, now
+from prism_pl.folders import free_folder
+from prism_pl.ledger import EARLIER, LOCK, Attempt, Entry, Ledger, Status, now
 from prism_pl.pipeline.graph import OUTPUTS, Graph
 from prism_pl.pipeline.jobs import SIGNALS, Job, Runner
 from prism_pl.pipeline.plan import Step, Wanted, checkpoint_in, took
@@ -99,7 +100,7 @@ class Execution:
             entry = self.ledger.stages.pop(name, None) or self._new_entry(name)
             folder = self.ledger.path(entry)
             if entry["taken_from"] is None and folder.exists():
-                aside = free_folder(self.ledger.folder / EARLIER / name)
+                aside = free_folder(self.ledger.folder / EARLIER / name, LOCK)
                 aside.parent.mkdir(exist_ok=True)
                 shutil.move(folder, aside)
                 entry["folder"] = f"{EARLIER}/{aside.name}"

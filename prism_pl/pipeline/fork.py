@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from prism_pl.errors import UsageError
-from prism_pl.ledger import Entry, Ledger, free_folder, is_free
+from prism_pl.folders import free_folder, is_free
+from prism_pl.ledger import LOCK, Entry, Ledger
 from prism_pl.pipeline.graph import Graph
 
 
@@ -31,8 +32,8 @@ def fork(graph: Graph, stage: str, folder: Path, to: Path | None, command: str) 
             f"--from {stage}: it depends on {', '.join(unfinished)}, which {folder} has not finished. Run that first, "
             f"or fork from {unfinished[0]}."
         )
-    new = to or free_folder(folder)
-    if not is_free(new):
+    new = to or free_folder(folder, LOCK)
+    if not is_free(new, LOCK):
         raise UsageError(f"--to {new} exists: a fork begins in a new folder. To go on with it: --run_folder {new}.")
     ledger = Ledger.new(new, command)
     ledger.content["forked_from"] = {"folder": os.path.relpath(folder, new), "stage": stage}
