@@ -488,6 +488,7 @@ def test_a_wrong_pipeline_is_one_message_before_anything_runs(old, new, said):
         (["--parallel", "two"], "parallel: 'two' is no int"),
         (["--sftt.trainer.max_steps", "2"], "there is no stage 'sftt'. Did you mean sft?"),
         (["--sft.trainer.max_steps"], "--sft.trainer.max_steps needs a value"),
+        (["--sft.trainer.max_steps", "--update"], "--sft.trainer.max_steps needs a value, and --update is an option"),
     ],
 )
 def test_a_wrong_command_line_is_one_message(options, said):

@@ -196,7 +196,11 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
         if not equals and not words:
             raise UsageError(f"{word} needs a value.")
         stage, _, key = name.removeprefix("--").partition(".")
-        settings.append((stage, key, value if equals else words.pop(0)))
+        if not equals:
+            value = words.pop(0)
+            if value.startswith("--"):
+                raise UsageError(f"{word} needs a value, and {value} is an option. If it is meant: {word}={value}")
+        settings.append((stage, key, value))
     parser = _parser()
     options, unknown = parser.parse_known_args(others)
     if unknown:
