@@ -40,7 +40,8 @@ moment. Light: no heavy imports. The format, with `null` where something is not 
     fit        {"step": 30, "metrics": {"align/val_accuracy": 0.61, ...}}     the last value of every logged scalar;
                with a difficulty filter "kept" too, the number of prompts
     test       {"name": "align", "tables": {split: {metric: {"mean", "low", "high"}}}}      over all families
-    predict    {"prompts": 1280, "mean_pass_rate": 0.55, "kept": 610, "none_right": 200, "all_right": 470}
+    predict    {"prompts": 1280, "mean_pass_rate": 0.55, "none_right": 200, "all_right": 470, "keep": [0.2, 0.8],
+               "kept": 610}                                                    by the bounds of the stage that reads it
     others     {}
 
 Hashes: of a file its content's; of a folder the names and contents of all files in it. Data folders from outside, which

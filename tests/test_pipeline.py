@@ -63,6 +63,7 @@ def test_stages_run_in_order_and_the_ledger_says_what_from_what(capsys):
     assert written["stages"]["filter"]["results"] == {
         "prompts": 4,
         "mean_pass_rate": 0.5625,
+        "keep": [0.2, 0.8],
         "kept": 2,
         "none_right": 1,
         "all_right": 1,
@@ -76,6 +77,14 @@ def test_the_baseline_takes_the_steps_of_both_stages_and_its_own_filter():
     baseline = ledger()["stages"]["baseline"]
     assert baseline["config"]["trainer"]["max_steps"] == 25 + 40
     assert baseline["config"]["data"]["pass_rates"] == "{filter-sft}/pass_rates.jsonl"
+
+
+def test_what_a_filter_keeps_is_counted_by_the_bounds_of_the_stage_that_trains_on_it():
+    start("--rlvr.data.keep", "[0, 0.5]")
+    filters = [ledger()["stages"][name]["results"] for name in ("filter", "filter-sft")]
+    assert [(found["keep"], found["kept"]) for found in filters] == [([0, 0.5], 2), ([0.2, 0.8], 2)]
+    start("--rlvr.data.keep", "[0.5, 0.5]", "--fresh")
+    assert ledger("run-2")["stages"]["filter"]["results"]["kept"] == 1
 
 
 def test_a_shared_filter_serves_both_and_the_other_is_left_out():
