@@ -50,3 +50,25 @@ def _taken(entry: Entry, old: Ledger, new: Path) -> Entry:
     taken["folder"], taken["log"] = (os.path.relpath(old.path(entry, key), new) for key in ("folder", "log"))
     taken["taken_from"] = os.path.relpath(old.folder, new)
     return taken
+
+
+def follow(ledger: Ledger) -> None:
+    """Let what was taken from another pipeline lead to where that one has it now: `--update` there moves the folder of
+    a stage that it runs anew to `earlier/`. In memory; nothing is written."""
+    originals: dict[str, Ledger | None] = {}
+    for name, entry in ledger.stages.items():
+        source = entry["taken_from"]
+        if source is None:
+            continue
+        if source not in originals:
+            original = Ledger.read(Path(os.path.normpath(ledger.folder / source)))
+            originals[source] = original
+            if original is not None:  # may be a fork itself
+                follow(original)
+        if (original := originals[source]) is not None:
+            earlier = [one for one in original.content["earlier"] if one["name"] == name]
+            for one in [original.stages.get(name), *earlier]:
+                if one is not None and all(one[key] == entry[key] for key in ("attempts", "outputs")):
+                    taken = _taken(one, original, ledger.folder)
+                    entry["folder"], entry["log"] = taken["folder"], taken["log"]
+                    break
