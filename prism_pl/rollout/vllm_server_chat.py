@@ -5,7 +5,8 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from prism_pl.batch import Example
-from prism_pl.processor import Processor, chat_messages, open_image
+from prism_pl.images import open_image
+from prism_pl.processor import Processor, chat_messages
 from prism_pl.rollout.contract import check_prompt_ids
 from prism_pl.rollout.engine import Rollout, Sampling
 
