@@ -1,8 +1,8 @@
 """From a row's columns to the fields of an Example, by a mapping that YAML may change.
 
 Column names may be paths, `reward_model.ground_truth`. Conversations are read in all spellings of LLaMA-Factory's
-sharegpt form (`messages` or `conversations`, role/content or from/value, user/human, assistant/gpt) and of conversational
-data sets on the Hugging Face hub, where a content is a text or a list of text and image parts.
+sharegpt form (`messages` or `conversations`, role/content or from/value, user/human, assistant/gpt) and of
+conversational data sets on the Hugging Face hub, where a content is a text or a list of text and image parts.
 """
 
 import base64

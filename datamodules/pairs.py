@@ -1,7 +1,7 @@
 """Pairs for the discriminator's warm start: a demonstration and a response of the policy to the same question.
 
-A row as the authors publish it (`warmup_pairwise.jsonl`) and as `python -m prism_pl data pairs` writes it; `prompt` may be
-`question`, and `image` several `images`. The chain of thought ends with the answer block:
+A row as the authors publish it (`warmup_pairwise.jsonl`) and as `python -m prism_pl data pairs` writes it; `prompt` may
+be `question`, and `image` several `images`. The chain of thought ends with the answer block:
 
     {"prompt": "What is the area?", "image": "images/0001.png",
      "teacher_caption": "- a rectangle, 3 by 4", "teacher_cot": "<think>3 x 4 = 12</think>\\n<answer>12</answer>",
@@ -9,7 +9,7 @@ A row as the authors publish it (`warmup_pairwise.jsonl`) and as `python -m pris
 
 Legacy rows have `teacher_response` and `student_response`. In YAML:
 
-    data: {class_path: datamodules.PairsDataModule, init_args: {train: pairs.jsonl, num_validation: 256, batch_size: 16}}
+    data: {class_path: datamodules.PairsDataModule, init_args: {train: pairs.jsonl, num_validation: 256}}
 """
 
 from pathlib import Path
@@ -46,7 +46,8 @@ def read_pair(fields: Fields, folder: Path) -> Example:
     for side, text in zip(SIDES, (teacher, student), strict=True):
         if text is None:
             raise ValueError(
-                f"no {side} side: give {side}_caption and {side}_cot, or {side}_response. Columns: {', '.join(fields.row)}"
+                f"no {side} side: give {side}_caption and {side}_cot, or {side}_response. Columns: "
+                f"{', '.join(fields.row)}"
             )
     images = read_images(chat.images or fields.get("images"), folder)
     return Example(

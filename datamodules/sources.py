@@ -26,7 +26,7 @@ TABLES = (".parquet", ".arrow")
 KINDS = (*LINES, *ARRAYS, *TABLES)
 TEXT = "text"  # the column of a table of JSON lines
 # Pages of a mapped table count as this process's memory once they are read. Mapping it anew gives them back.
-READS_A_MAPPING = 16_384
+READS_A_MAPPING = 4096
 FINGERPRINTED_ROWS = 16_384
 HASHED_BYTES = 4096  # of an image: as many tell images apart, and sets of them are large
 LONGEST_ROW = 1 << 26  # characters of one item of a JSON list
@@ -40,7 +40,8 @@ class Source:
     Attributes:
         path: a file (.jsonl, .json, .parquet, .arrow), a pattern such as `data/*.parquet`, a folder with such files or
             one written by `Dataset.save_to_disk`, or a hub id such as `prism-vlm/rl_dataset`.
-        only: of a folder or hub repository, the file or files meant, such as `rl_training_data_5.9k.parquet`; None: all.
+        only: of a folder or hub repository, the file or files meant, such as `rl_training_data_5.9k.parquet`; None:
+            all.
         subset, split, revision: of a hub repository; the split also of a saved `DatasetDict`.
         image_folder: where relative image paths start; None: beside the file.
     """
@@ -132,6 +133,8 @@ def _local_files(source: Source) -> list[str]:
         if not found:
             raise ValueError(f"data: the folder {path} holds no file of a kind that is read: {', '.join(KINDS)}")
     for file in found:
+        if os.path.isfile(file) and not os.path.getsize(file):
+            raise ValueError(f"data: {file} holds no rows: it is empty")
         if not os.path.isfile(file):
             raise FileNotFoundError(f"data: there is no file {file}")
         if not _suffix(file):

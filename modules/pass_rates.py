@@ -1,8 +1,8 @@
 """The difficulty filter's measurement: how often a policy answers each training prompt right.
 
 Launch: python -m prism_pl predict --config filter.yaml --model.policy.path runs/align/export
-Output: pass_rates.jsonl in the run's folder, a line of what was measured and a line a prompt, for the `pass_rates` option
-of the RLVR data.
+Output: pass_rates.jsonl in the run's folder: a line of what was measured, and one a prompt. The RLVR data takes it as
+`pass_rates`.
 """
 
 from collections.abc import Sequence
@@ -108,7 +108,7 @@ class PassRateModule(LightningModule):
         rank_zero_info(f"{len(self.pass_rates)} pass rates, {share:.1%} of all samples right: {self.output_file}")
 
     def _recipe(self) -> dict[str, Any]:
-        datamodule = getattr(self.trainer, "datamodule", None)  # Lightning has it only where one was given
+        datamodule = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         return {
             "data": datamodule.row_recipe() if isinstance(datamodule, HasRecipe) else None,
             "policy": self.spec.path,
