@@ -20,6 +20,7 @@ from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rewards import AccuracyFormatReward, Reward
 from prism_pl.rollout.engine import RolloutEngine, Sampling, generate_batch
 from prism_pl.rollout_stage import check_counts
+from prism_pl.row_needs import RowNeeds
 
 
 class PassRateModule(LightningModule):
@@ -33,6 +34,8 @@ class PassRateModule(LightningModule):
         num_samples: responses a prompt.
         reward: judges them; None is `AccuracyFormatReward()`. Its part "accuracy" must be 0 or 1.
     """
+
+    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
+from prism_pl.row_needs import RowNeeds
 from prism_pl.strategy import check_trainer
 
 
@@ -49,6 +50,8 @@ class DiscriminatorModule(LightningModule):
         micro_batch_tokens: padded tokens run at once; None runs the whole batch.
         export_dtype: of the exported backbone.
     """
+
+    row_needs = RowNeeds(demonstration=True)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,16 @@ from prism_pl.fingerprint import differences
 CHECK = "check.json"
 CHECKED = "checked.npz"
 EXCLUDED = "excluded.jsonl"
+
+
+@runtime_checkable
+class Checkable(Protocol):
+    """A data module that takes a check over: `row_recipe` says what its rows are made of (`prism_pl.pass_rates`), and
+    `selection` which of them are trained on, both in plain values."""
+
+    def row_recipe(self) -> dict[str, Any]: ...
+
+    def selection(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
