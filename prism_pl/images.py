@@ -5,9 +5,10 @@ ValueError that names the row. Transparency is laid over white, as a viewer show
 data says. CMYK and other colour spaces are converted.
 """
 
+import base64
 import io
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,6 +85,14 @@ def _has_second_frame(image: "Image") -> bool:
     except EOFError:
         return False
     return True
+
+
+def image_part(image: "Image") -> dict[str, Any]:
+    """An image as part of a chat request: PNG, which keeps every pixel as it is."""
+    file = io.BytesIO()
+    image.save(file, format="PNG", compress_level=1)
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _rgb(image: "Image") -> "Image":

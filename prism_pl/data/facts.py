@@ -1,7 +1,7 @@
 """What `data check` keeps of a row: whether a run can use it, its lengths, and keys that tell equal rows.
 
-Two images have one key where their pixels are equal. They look alike where their brightness rises and falls alike over a
-grid of 16 x 16 (a difference hash): the same picture, scaled or compressed anew. Questions are compared without case,
+Two images have one key where their pixels are equal. They look alike where their brightness rises and falls alike over
+a grid of 16 x 16 (a difference hash): the same picture, scaled or compressed anew. Questions are compared without case,
 white space and punctuation.
 """
 

@@ -1,6 +1,6 @@
 """`data pairs`: warm-start pairs of the data's demonstrations and a policy's rollouts, by `modules.pairs.PairModule`.
 
-    python -m prism_pl data pairs --config pairs.yaml --model.policy.path runs/sft/export
+python -m prism_pl data pairs --config pairs.yaml --model.policy.path runs/sft/export
 """
 
 from prism_pl import cli
