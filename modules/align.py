@@ -44,6 +44,7 @@ from prism_pl.rollout_stage import (
     trained_mask,
     warn_inert_kl,
 )
+from prism_pl.row_needs import RowNeeds
 from prism_pl.strategy import check_one_device, check_trainer, share, training_only
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
@@ -75,6 +76,8 @@ class AdversarialAlignModule(LightningModule):
         chunk_tokens: response tokens whose logits exist at once.
         export_dtype: of the exported policy.
     """
+
+    row_needs = RowNeeds(demonstration=True)
 
     def __init__(
         self,

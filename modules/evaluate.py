@@ -26,6 +26,7 @@ from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.report.evaluations import FILE_NAME, read_evaluation
 from prism_pl.report.screen import print_evaluation
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, generate_batch
+from prism_pl.row_needs import RowNeeds
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -47,6 +48,8 @@ class EvaluateModule(LightningModule):
         num_resamples, bootstrap_seed: of the 95% intervals over prompts.
         num_images: of how many prompts a split the images are kept, in `images/`, for a report to show.
     """
+
+    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,
