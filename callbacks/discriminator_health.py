@@ -3,7 +3,7 @@
 The panel `health/` of TensorBoard. A discriminator can be right in nearly all pairs and reward nothing but length.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class DiscriminatorHealth(Callback):
       logistic regressions that see nothing but a segment's length, or how it is written;
     * `health/explained/<expert>/<shadow>`: the share of the scores' variance inside groups that those features explain;
     * `health/style/<expert>/<shadow>`: 1 where the expert may be rewarding style: the shadow does as well, or explains
-      more than `max_explained`. From the first full window on; the first time also a warning;
+      more than `max_explained`. From the first full window on; the first time of each also a warning;
     * `health/score_std/<expert>`: spread inside groups, which is what the policy learns from;
     * `health/saturated_margins/<expert>`, `health/saturated_scores/<expert>`: shares of pairs that teach nothing any
       more, and of scores beyond the clip;
@@ -80,12 +80,14 @@ class DiscriminatorHealth(Callback):
     ) -> None:
         step = step_output(outputs, NEEDS, "DiscriminatorHealth")
         parts = gathered(judged(step))
+        flagged = []
         for expert in parts[0]:
             seen = joined([part[expert] for part in parts])
             numbers = self._panel(expert).update(seen, step["score_clip"])
             pl_module.log_dict({_tag(name, expert): value for name, value in numbers.items()}, batch_size=1)
-            self._warn(expert, numbers)
+            flagged += self._newly_flagged(expert, numbers)
             self._draw(trainer, expert, seen)
+        self._warn(flagged)
         pl_module.log_dict({f"health/grad_norm/{e}": norm for e, norm in self._norms.items()}, batch_size=1)
         self._norms = {}
 
@@ -102,19 +104,26 @@ class DiscriminatorHealth(Callback):
             self.panels[expert] = ExpertPanel(self.window, self.accuracy_margin, self.max_explained)
         return self.panels[expert]
 
-    def _warn(self, expert: str, numbers: Mapping[str, float]) -> None:
-        """Say it once for each expert and shadow, with the numbers."""
+    def _newly_flagged(self, expert: str, numbers: Mapping[str, float]) -> list[str]:
+        """What to say of each shadow that is flagged for the first time."""
+        said = []
         for name in self._panel(expert).shadows:
-            if numbers.get(f"style/{name}") != 1 or f"{expert}/{name}" in self.warned:
-                continue
-            self.warned.append(f"{expert}/{name}")
+            if numbers.get(f"style/{name}") == 1 and f"{expert}/{name}" not in self.warned:
+                self.warned.append(f"{expert}/{name}")
+                said.append(
+                    f"the expert {expert} ranks {numbers['accuracy/discriminator']:.1%} of the pairs right, {name} alone "
+                    f"{numbers[f'accuracy/{name}']:.1%}, and {name} explains {numbers[f'explained/{name}']:.0%} of the "
+                    "variance of its scores inside groups"
+                )
+        return said
+
+    def _warn(self, flagged: Sequence[str]) -> None:
+        if flagged:
             rank_zero_warn(
-                f"The expert {expert} may be rewarding style. Over the last {self.window} steps it ranked "
-                f"{numbers['accuracy/discriminator']:.1%} of the pairs right, and a classifier that sees only {name} "
-                f"{numbers[f'accuracy/{name}']:.1%} (as good from {self.accuracy_margin:.0%} below on); {name} explains "
-                f"{numbers[f'explained/{name}']:.0%} of the variance of its scores inside groups (too much above "
-                f"{self.max_explained:.0%}). Look at the responses beside their demonstrations (callbacks.Completions): "
-                "more SFT evens out style before the game; a warm start on pairs alike in it teaches content."
+                f"The discriminator may be rewarding style. Over the last {self.window} steps {'; '.join(flagged)}. "
+                f"(Flagged within {self.accuracy_margin:.0%} of its accuracy, or above {self.max_explained:.0%} of the "
+                "variance.) Where longer or otherwise written is not better, look at the responses beside their "
+                "demonstrations (callbacks.Completions); a longer SFT evens out style before the game."
             )
 
     def _draw(self, trainer: Trainer, expert: str, seen: Judged) -> None:

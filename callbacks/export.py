@@ -48,7 +48,7 @@ class Export(Callback):
         self._export_new_best(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.choice is None or trainer.sanity_checking or not trainer.training:
+        if self.choice is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if DRIFT not in trainer.callback_metrics:
             raise ValueError(

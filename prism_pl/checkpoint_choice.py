@@ -38,7 +38,7 @@ class Choice:
 
     def write(self, file: Path) -> None:
         """Write down what was chosen, and from what."""
-        chosen = {"choice": "least_drift", "step": self.step, DRIFT: dict(self.validations).get(self.step or -1)}
-        content = chosen | {"validations": [list(each) for each in self.validations]}
+        validations = [{"step": step, DRIFT: None if math.isnan(drift) else drift} for step, drift in self.validations]
+        content = {"choice": "least_drift", "step": self.step, "validations": validations}
         with whole_file(file) as out:
             out.write((json.dumps(content, indent=2) + "\n").encode())

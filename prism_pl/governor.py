@@ -31,16 +31,16 @@ class Plan(NamedTuple):
 class Governor:
     """Decides how much the discriminator learns, from its accuracy on each step's fresh pairs.
 
-    Above `high` it is held back until its accuracy has fallen `hysteresis` below `high`; under `low` it is pushed until
-    it has risen as far above `low`. In between it learns as configured, so a decision is not undone by the next batch's
-    noise.
+    Within `hysteresis` of `high`, or above, it is held back until its accuracy is twice as far below `high`; near or
+    under `low` it is pushed in the same way. So the edges leave room for what a step overshoots, and a decision is not
+    undone by the next batch's noise. In between it learns as configured.
 
     Args:
         low, high: the band of the pair accuracy, the mean over the experts.
         by: what is done. `steps` takes no step while held back and `extra_steps` more while pushed. `rate` multiplies
             the learning rate by `factor` in each step while held back and divides it while pushed, from 1 / `span` to
-            `span` times the configured one; in between it stays where it is.
-        hysteresis: how far inside the band an intervention ends.
+            `span` times the configured one; in between it goes back to that as fast.
+        hysteresis: how far inside the band an intervention begins; it ends twice as far inside.
         window: steps that the accuracy is averaged over; few pairs make a noisy one.
         extra_steps, factor, span: see `by`.
 
@@ -53,16 +53,16 @@ class Governor:
         low: float = 0.6,
         high: float = 0.85,
         by: Literal["steps", "rate"] = "steps",
-        hysteresis: float = 0.03,
+        hysteresis: float = 0.04,
         window: int = 4,
         extra_steps: int = 1,
-        factor: float = 0.7,
+        factor: float = 0.8,
         span: float = 10.0,
     ) -> None:
         if not 0.5 <= low < high <= 1:
             raise ValueError(f"governor: low={low} and high={high} must be accuracies, 0.5 <= low < high <= 1")
-        if not 0 <= 2 * hysteresis < high - low:
-            raise ValueError(f"governor: hysteresis={hysteresis} must be at least 0 and under half the band")
+        if not 0 <= 4 * hysteresis <= high - low:
+            raise ValueError(f"governor: hysteresis={hysteresis} must be at least 0 and at most a quarter of the band")
         if by not in ("steps", "rate"):
             raise ValueError(f"governor: by={by!r} must be 'steps' or 'rate'")
         if window < 1 or extra_steps < 1 or not 0 < factor < 1 or span < 1:
@@ -86,14 +86,19 @@ class Governor:
         if accuracy == accuracy:
             self.accuracies.append(accuracy)
             self._switch(self.accuracy)
-            if self.by == "rate" and self.push:
-                moved = self.rate / self.factor if self.push > 0 else self.rate * self.factor
-                self.rate = min(max(moved, 1 / self.span), self.span)
+            self._move_rate()
         if self.by == "rate":
             return Plan(steps, self.rate)
         if self.push < 0 or steps == 0:
             return Plan(0)
         return Plan(steps + self.extra_steps if self.push else steps)
+
+    def _move_rate(self) -> None:
+        if self.push:
+            moved = self.rate * self.factor**-self.push
+            self.rate = min(max(moved, 1 / self.span), self.span)
+        else:
+            self.rate = min(1.0, self.rate / self.factor) if self.rate < 1 else max(1.0, self.rate * self.factor)
 
     @property
     def accuracy(self) -> float:
@@ -101,13 +106,14 @@ class Governor:
         return sum(self.accuracies) / len(self.accuracies) if self.accuracies else float("nan")
 
     def _switch(self, accuracy: float) -> None:
-        if accuracy > self.high:
+        below_high, above_low = self.high - accuracy, accuracy - self.low
+        if below_high < self.hysteresis:
             self.push = -1
-        elif accuracy < self.low:
+        elif above_low < self.hysteresis:
             self.push = 1
-        elif self.push < 0 and accuracy <= self.high - self.hysteresis:
-            self.push = 0
-        elif self.push > 0 and accuracy >= self.low + self.hysteresis:
+        elif (self.push < 0 and below_high >= 2 * self.hysteresis) or (
+            self.push > 0 and above_low >= 2 * self.hysteresis
+        ):
             self.push = 0
 
     def metrics(self, plan: Plan) -> dict[str, float]:
