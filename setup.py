@@ -32,6 +32,7 @@ setup(
     package_dir={"": "."},
     packages=[
         "prism_pl",
+        "prism_pl.discriminator",
         "prism_pl.health",
         "prism_pl.metrics",
         "prism_pl.pipeline",
