@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from prism_pl.chat import EXPERTS
+from prism_pl.chat import EXPERTS, WHOLE
 from prism_pl.health.panel import ExpertPanel, Judged, joined, judged
 from prism_pl.outputs import step_output
 from prism_pl.rollout.ranks import gathered
@@ -34,7 +34,8 @@ class DiscriminatorHealth(Callback):
 
     of the step alone `health/grad_norm/<expert>`, before clipping, of the parameters that are the expert's own (it
     stands in their names), and every `every_n_steps` the histogram `health/margin/<expert>`. What a mixture tells about
-    its router is logged by the stage itself, see `prism_pl.health.routing`.
+    its router, load, entropy and mutual information with the segments, the stage itself logs as `align/router/...`, see
+    `prism_pl.discriminator.routing`.
 
     Like the discriminator's scores, a shadow's predictions are from before it learned from the step. A NaN score makes
     the numbers it enters NaN, for as long as it stands in the window. A group must arrive whole.
@@ -141,7 +142,7 @@ def own_parameters(module: LightningModule) -> dict[str, list[nn.Parameter]]:
     own: dict[str, list[nn.Parameter]] = {}
     network = dict(module.named_children()).get("discriminator")
     for name, parameter in network.named_parameters() if network is not None else ():
-        for expert in EXPERTS:
+        for expert in (*EXPERTS, *WHOLE):
             if expert in name.split("."):
                 own.setdefault(expert, []).append(parameter)
     return own

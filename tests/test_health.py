@@ -1,70 +1,21 @@
-"""The panel: what flags style and what does not, its numbers by hand, the same over ranks and after a resume."""
+"""The panel: what flags style and what does not, its numbers by hand, the same after a resume.
+
+Over two ranks: tests/test_metrics_distributed.py.
+"""
 
 import math
-import multiprocessing
-import random
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import distributed
-from torch.multiprocessing.spawn import start_processes
 
 from callbacks import DiscriminatorHealth
-from prism_pl.chat import render
 from prism_pl.health.features import length_features, surface_features
-from prism_pl.health.panel import SATURATED_MARGIN, ExpertPanel, Judged, joined, judged
+from prism_pl.health.panel import SATURATED_MARGIN, ExpertPanel, Judged, judged
 from prism_pl.health.shadow import OnlineRegression, Shadow, deviations, explained_variance
+from tests.style_game import Game
 from tests.test_callbacks import Stage, fit, read, scalars, step_outputs
-
-COLOURS, PLACES = ("red", "blue", "green"), ("top left", "bottom right", "the centre")
-
-
-class Game:
-    """Texts of both sides and a real discriminator: a linear score over what it could live on, the length, a word that
-    demonstrations alone may have, and whether the caption is true of the image, trained by Bradley-Terry.
-
-    Args:
-        longer: items more in a demonstration.
-        token: a line that demonstrations alone have.
-        true: share of captions that are true, of demonstrations and of rollouts.
-    """
-
-    def __init__(self, longer: int = 0, token: str = "", true: tuple[float, float] = (0.5, 0.5)) -> None:
-        self.longer, self.token, self.true = longer, token, true
-        self.draw = random.Random(0)
-        self.discriminator = torch.nn.Linear(3, 1, bias=False)
-        torch.nn.init.zeros_(self.discriminator.weight)
-        self.optimizer = torch.optim.SGD(self.discriminator.parameters(), lr=1.0)
-
-    def response(self, demonstration: bool) -> tuple[str, list[float]]:
-        items = self.draw.randint(2, 4) + self.longer * demonstration
-        choose = self.draw.choice
-        lines = [f"- a {choose(COLOURS)} {choose(range(10))} at {choose(PLACES)}" for _ in range(items)]
-        lines += [self.token] * (demonstration and bool(self.token))
-        right = self.draw.random() < self.true[not demonstration]
-        features = [math.log(items), float(self.token in lines), float(right)]
-        return render("\n".join(lines), f"1. it is {choose(range(10))}", "7"), features
-
-    def step(self, num_prompts: int = 4, num_rollouts: int = 4) -> dict:
-        demonstrations = [self.response(True) for _ in range(num_prompts)]
-        rollouts = [self.response(False) for _ in range(num_prompts * num_rollouts)]
-        chosen_P = self.discriminator(torch.tensor([f for _, f in demonstrations])).squeeze(-1)
-        rolled_PG = self.discriminator(torch.tensor([f for _, f in rollouts])).view(num_prompts, num_rollouts)
-        loss = -torch.nn.functional.logsigmoid(chosen_P[:, None] - rolled_PG).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return {
-            "rollouts": [text for text, _ in rollouts],
-            "demonstrations": [text for text, _ in demonstrations],
-            "valid": torch.ones(num_prompts, num_rollouts, dtype=torch.bool),
-            "scores": {"perception": rolled_PG.detach()},
-            "demonstration_scores": {"perception": chosen_P.detach()},
-            "score_clip": 10.0,
-        }
 
 
 def play(game: Game, panel: ExpertPanel, num_steps: int) -> dict[str, float]:
@@ -314,39 +265,3 @@ def numbers_of(whole: DiscriminatorHealth, steps: list[Judged]) -> dict[str, flo
     """The whole run's last numbers, played anew."""
     panel = ExpertPanel(whole.window)
     return [panel.update(step, 10.0) for step in steps][-1]
-
-
-# Over ranks
-
-
-def halves() -> list[list[Judged]]:
-    """Six steps of four prompts, two for each of two ranks."""
-    game = Game(longer=1)
-    steps = [judged(game.step())["perception"] for _ in range(6)]
-    return [[_prompts(step, rows) for step in steps] for rows in (slice(0, 2), slice(2, 4))]
-
-
-def _prompts(step: Judged, rows: slice) -> Judged:
-    sides = ({name: value[rows] for name, value in side.items()} for side in (step.rollouts, step.demonstrations))
-    return Judged(step.scores_PG[rows], step.demonstration_P[rows], step.valid_PG[rows], *sides)
-
-
-def _run_rank(rank: int, folder: str) -> None:
-    from prism_pl.rollout.ranks import gathered
-
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    panel = ExpertPanel(window=4)
-    numbers = [panel.update(joined(gathered(step)), 10.0) for step in halves()[rank]]
-    torch.save(numbers[-1], Path(folder) / f"rank{rank}.pt")
-    distributed.destroy_process_group()
-
-
-def test_two_ranks_see_what_one_process_sees(tmp_path):
-    multiprocessing.set_forkserver_preload([__name__])
-    start_processes(_run_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
-    panel, (first, second) = ExpertPanel(window=4), halves()
-    numbers = [panel.update(joined(pair), 10.0) for pair in zip(first, second, strict=True)][-1]
-    assert 0.5 < numbers["accuracy/length"] < 1
-    for rank in range(2):
-        assert torch.load(tmp_path / f"rank{rank}.pt") == numbers

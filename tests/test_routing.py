@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from prism_pl.health.routing import entropy, mutual_information, routing_diagnostics
+from prism_pl.discriminator.balance import routing_sums
+from prism_pl.discriminator.routing import entropy, mutual_information, routing_diagnostics
 
 
 def test_entropy_by_hand():
@@ -35,6 +36,19 @@ def test_diagnostics_are_means_over_layers_not_of_pooled_experts():
     assert all(value.shape == () for value in told.values())
     assert set(routing_diagnostics(torch.ones(3, 2, 4))) == {
         *(f"router/load/mean/{e}" for e in range(4)),
+        "router/load/max",
         *("router/entropy/mean", "router/entropy/min"),
         *("router/mutual_information/mean", "router/mutual_information/max"),
     }
+
+
+def test_diagnostics_of_a_sure_router():
+    # Two places of kind 0 go to expert 0, two of kind 1 to expert 1; the other layer sends all to expert 1.
+    logits = [torch.nn.functional.one_hot(torch.tensor(c), 2).float() * 50 for c in ([0, 0, 1, 1], [1, 1, 1, 1])]
+    told = routing_diagnostics(routing_sums(logits, 1, torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]]))["counts"])
+    assert told["router/entropy/mean"].item() == pytest.approx(math.log(2) / 2)
+    assert told["router/entropy/min"].item() == 0
+    assert told["router/mutual_information/mean"].item() == pytest.approx(math.log(2) / 2)
+    assert told["router/mutual_information/max"].item() == pytest.approx(math.log(2))
+    assert told["router/load/mean/1"].item() == pytest.approx(0.75)
+    assert told["router/load/max"].item() == pytest.approx(0.75)  # 1/2 and 1

@@ -3,5 +3,4 @@
 features.py    length and surface of a text, the two things that a discriminator should not live on
 shadow.py      classifiers that see nothing but those, trained beside the discriminator
 panel.py       what one expert judged in a step, over all ranks, and its numbers over a window of steps
-routing.py     what a mixture tells about its router, and what follows: load, entropy, mutual information with segments
 """

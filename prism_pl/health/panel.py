@@ -40,18 +40,17 @@ class Judged:
 
 
 def judged(step: Mapping[str, Any]) -> dict[str, Judged]:
-    """What each expert judged, from a `prism_pl.outputs.StepOutput`. An expert that reads no single segment reads all
-    of them."""
-    valid_PG = step["valid"].cpu()
+    """What each expert judged, from a `prism_pl.outputs.StepOutput`."""
+    valid_PG, experts = step["valid"].cpu(), list(step["scores"])
     keep = [*valid_PG.flatten().tolist(), *(True for _ in step["demonstrations"])]
     texts = [
-        segments(parse(text)) if kept else None
+        segments(parse(text), experts) if kept else None
         for text, kept in zip([*step["rollouts"], *step["demonstrations"]], keep, strict=True)
     ]
     num_rollouts = valid_PG.numel()
     found = {}
     for expert, scores_PG in step["scores"].items():
-        read = [None if parts is None else parts.get(expert, "\n".join(parts.values())) for parts in texts]
+        read = [None if parts is None else parts[expert] for parts in texts]
         rollouts, demonstrations = {}, {}
         for name, features in SHADOWS.items():
             blank = [0.0] * len(features(""))
