@@ -34,6 +34,7 @@ setup(
         "prism_pl",
         "prism_pl.data",
         "prism_pl.discriminator",
+        "prism_pl.health",
         "prism_pl.metrics",
         "prism_pl.pipeline",
         "prism_pl.report",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prism_pl.metrics.passk import PassAtK, pass_at_k
     from prism_pl.metrics.reward_gap import RewardGapMetric
     from prism_pl.metrics.structure import DescriptiveItems, ReasoningSteps
+    from prism_pl.metrics.structure_drift import StructureDrift
 
 _HOME = {
     "BootstrapMean": "bootstrap_mean",
@@ -36,6 +37,7 @@ _HOME = {
     "ReasoningSteps": "structure",
     "RewardGapMetric": "reward_gap",
     "StepCorrectness": "faithfulness",
+    "StructureDrift": "structure_drift",
     "compare_items": "faithfulness",
     "energy_distance": "drift",
     "pass_at_k": "passk",
@@ -53,6 +55,7 @@ __all__ = [
     "ReasoningSteps",
     "RewardGapMetric",
     "StepCorrectness",
+    "StructureDrift",
     "bootstrap_interval",
     "compare_items",
     "count_items",

@@ -9,6 +9,7 @@ from prism_pl.report.cost import cost
 from prism_pl.report.difficulty import difficulty
 from prism_pl.report.evaluation_figures import accuracy_figure, structure_figure, truth_figure
 from prism_pl.report.figures import Figures
+from prism_pl.report.health import health
 from prism_pl.report.runs import Run, default_pairs, evaluations_of, labels_of, unevaluated
 from prism_pl.report.samples import samples
 from prism_pl.report.tables import Evaluations, families_table, metrics_table, results_table
@@ -68,6 +69,11 @@ def make_report(runs: Sequence[Run], options: Options, page: Path, made_by: str)
         lines += ["## Results", "", "Left out: no evaluation.json was found (python -m prism_pl test writes one).", ""]
     sections: list[tuple[str, Callable[[], list[str]], str]] = [
         ("Reward gap", lambda: reward_gap(figures, runs), "no stage logged reward gaps (callbacks.RewardGap does)"),
+        (
+            "Is the game healthy?",
+            lambda: health(figures, runs),
+            "no stage logged the panel (callbacks.DiscriminatorHealth does)",
+        ),
         ("Training", lambda: curves(figures, runs), "no stage that trains on rollouts left event files"),
         ("What acted", lambda: what_acted(runs), "no stage that trains on rollouts left event files"),
         (

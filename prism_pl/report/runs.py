@@ -27,7 +27,7 @@ LEDGER = "ledger.json"
 NOT_STAGES = ("checkpoints", "earlier", IMAGES)
 DEPTH = 4
 # Tags that every stage may have, and so tell no stage.
-SHARED_TAGS = ("time", "rollout", "proxies", "evaluate", "epoch", "hp_metric", "step")
+SHARED_TAGS = ("time", "rollout", "proxies", "health", "evaluate", "epoch", "hp_metric", "step")
 
 
 @dataclass(frozen=True)
