@@ -189,8 +189,8 @@ def _sections(arms: Mapping[str, Arm], first: str, num_resamples: int) -> list[s
         lines += [f"### {split}", "", *accuracy_table(accuracy, first, num_resamples), ""]
         note = (
             f"Accuracy in percent over {len(accuracy.family_of)} prompts of {split}, mean over the seeds; 95% "
-            f"intervals over prompts and seeds ({num_resamples} resamples, seed {RESAMPLING_SEED}); differences in points, "
-            "paired by prompt and seed. A star: the interval excludes 0."
+            f"intervals over prompts and seeds ({num_resamples} resamples, seed {RESAMPLING_SEED}); differences in "
+            "points, paired by prompt and seed. A star: the interval excludes 0."
         )
         lines += [note, ""]
         differences = family_differences(accuracy, first, num_resamples)
