@@ -32,6 +32,7 @@ setup(
     package_dir={"": "."},
     packages=[
         "prism_pl",
+        "prism_pl.ablations",
         "prism_pl.data",
         "prism_pl.discriminator",
         "prism_pl.health",

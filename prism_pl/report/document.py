@@ -7,6 +7,7 @@ from pathlib import Path
 from prism_pl.report.comparisons import Pair, differences_table, named_pairs, side_by_side
 from prism_pl.report.cost import cost
 from prism_pl.report.difficulty import difficulty
+from prism_pl.report.drift import drift
 from prism_pl.report.evaluation_figures import accuracy_figure, structure_figure, truth_figure
 from prism_pl.report.figures import Figures
 from prism_pl.report.health import health
@@ -135,6 +136,8 @@ def _results(
         "W1: Wasserstein-1 distance to the supervision in items, steps, tokens; 95% intervals over prompts.",
         "",
     ]
+    why = "Left out: the drift meter was off (`drift` of the evaluation's YAML)."
+    lines += ["### Drift from the supervision", "", *(drift(figures, runs, evaluations, split, drawn) or [why]), ""]
     lines += ["### Faithfulness", "", *(truth_figure(figures, runs, split) if drawn else [])]
     why = "Left out: the scenes behind these prompts are not known."
     return [*lines, *(metrics_table(evaluations, split, FAITHFULNESS) or [why]), ""]
