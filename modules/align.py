@@ -15,12 +15,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from prism_pl.advantages import paper_advantages, released_advantages
+from prism_pl.advantages import Mixing, mixed_rewards, variance_shares
 from prism_pl.aggregation import Metrics
 from prism_pl.batch import SequenceBatch
 from prism_pl.batch_draws import BatchDraws
-from prism_pl.chat import EXPERTS, parse
+from prism_pl.chat import parse
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
+from prism_pl.credit import Credit, check_credit, credited_advantages
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.governor import Governor, Plan, pair_accuracy, scaled_rate
@@ -63,6 +64,8 @@ class AdversarialAlignModule(LightningModule):
         num_rollouts: G, rollouts a prompt.
         advantage: `paper` mixes the experts' scores and then normalises over the group, `released` the other way round.
         alpha: weight of the perception expert.
+        credit: `response` gives all tokens of a rollout the same advantage, `segment` caption tokens the perception
+            expert's and the others the reasoning expert's, see `prism_pl.credit`.
         malformed_penalty: taken off the advantage of malformed responses (`released` only).
         policy_loss: how advantages become a gradient.
         mismatch: of sampler and trainer; None corrects it where the sampler runs below float32, see
@@ -91,8 +94,9 @@ class AdversarialAlignModule(LightningModule):
         discriminator_optimizer: OptimizerCallable,
         sampling: Sampling,
         num_rollouts: int = 16,
-        advantage: Literal["paper", "released"] = "paper",
+        advantage: Mixing = "paper",
         alpha: float = 0.5,
+        credit: Credit = "response",
         malformed_penalty: float = 1.5,
         policy_loss: PolicyLoss | None = None,
         mismatch: MismatchCorrection | None = None,
@@ -125,7 +129,9 @@ class AdversarialAlignModule(LightningModule):
         self.build_discriminator = discriminator
         self.rollout, self.sampling, self.num_rollouts = rollout, sampling, num_rollouts
         self.policy_optimizer, self.discriminator_optimizer = policy_optimizer, discriminator_optimizer
-        self.advantage, self.alpha, self.malformed_penalty = advantage, alpha, malformed_penalty
+        self.advantage: Mixing = advantage
+        self.credit: Credit = credit
+        self.alpha, self.malformed_penalty = alpha, malformed_penalty
         self.policy_loss = policy_loss or ReleasedGRPO()
         self.mismatch = mismatch or MismatchCorrection()
         warn_inert_kl(kl)
@@ -152,6 +158,7 @@ class AdversarialAlignModule(LightningModule):
             return
         self.policy = build_policy(self.spec, self.freeze_patterns)
         self.discriminator = self.build_discriminator()
+        check_credit(self.credit, self.discriminator.experts)
         if self.kl.coefficient > 0:
             self.reference = build_policy(self.spec).eval().requires_grad_(False)
         self.collator = PromptCollator(
@@ -211,7 +218,7 @@ class AdversarialAlignModule(LightningModule):
         return scores.take(range(num_prompts, num_prompts + len(rollouts))), scores.take(prompt_of)
 
     def _advantages(self, scores: Scores, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """advantages_B, and for the logs the mixed reward_PG (NaN where malformed)."""
+        """advantages_B (by segment: advantages_BT), and for the logs the mixed reward_PG (NaN where malformed)."""
         by_expert = scores.by_expert
         if self.kl.in_reward:
             penalty_B, kl_mean = kl_reward(self.kl, self.policy, self.reference, sequences, self.numerics)
@@ -220,13 +227,20 @@ class AdversarialAlignModule(LightningModule):
         shape = (-1, self.num_rollouts)
         scores_PG = {expert: scores_B.view(shape) for expert, scores_B in by_expert.items()}
         valid_PG = scores.valid_B.view(shape)
-        if self.advantage == "paper":
-            advantages_PG, told = paper_advantages(scores_PG, valid_PG, self.alpha)
-        else:
-            advantages_PG, told = released_advantages(scores_PG, valid_PG, self.alpha, self.malformed_penalty)
+        shares = variance_shares(scores_PG, valid_PG, self.advantage, self.alpha)
+        self.log_dict({f"align/variance_share/{e}": s for e, s in shares.items()}, batch_size=1, sync_dist=True)
+        advantages, told = credited_advantages(
+            scores_PG,
+            valid_PG,
+            sequences,
+            self.processor,
+            credit=self.credit,
+            mixing=self.advantage,
+            alpha=self.alpha,
+            malformed_penalty=self.malformed_penalty,
+        )
         self.log_dict({f"align/{k}": v.float() for k, v in told.items()}, batch_size=1, sync_dist=True, reduce_fx="sum")
-        rewards_PG = self.alpha * scores_PG[EXPERTS[0]] + (1 - self.alpha) * scores_PG[EXPERTS[1]]
-        return advantages_PG.flatten(), rewards_PG
+        return advantages, mixed_rewards(scores_PG, self.alpha)
 
     def _policy_backward(
         self,
