@@ -24,6 +24,7 @@ from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.credit import Credit, check_credit, credited_advantages
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
+from prism_pl.governor import Governor, Plan, pair_accuracy, scaled_rate
 from prism_pl.lora import whole_parameters
 from prism_pl.losses import soft_clip
 from prism_pl.mismatch import MismatchCorrection
@@ -45,6 +46,7 @@ from prism_pl.rollout_stage import (
     trained_mask,
     warn_inert_kl,
 )
+from prism_pl.row_needs import RowNeeds
 from prism_pl.strategy import check_one_device, check_trainer, share, training_only
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
@@ -70,6 +72,8 @@ class AdversarialAlignModule(LightningModule):
             `prism_pl.mismatch`.
         kl: a pull towards the starting policy; off by default.
         discriminator_every, discriminator_steps: every how many policy steps the discriminator learns, and how often.
+        governor: keeps the discriminator's accuracy in a band by skipping, adding or scaling these steps; off by
+            default, as published.
         score_l2, score_clip, label_smoothing: of the discriminator's loss; the clip is soft, it always has a gradient.
         schedule, warmup: of both learning rates, in policy steps.
         max_grad_norm, discriminator_max_grad_norm: gradient clipping of each player; None only measures.
@@ -78,6 +82,8 @@ class AdversarialAlignModule(LightningModule):
         chunk_tokens: response tokens whose logits exist at once.
         export_dtype: of the exported policy.
     """
+
+    row_needs = RowNeeds(demonstration=True)
 
     def __init__(
         self,
@@ -97,6 +103,7 @@ class AdversarialAlignModule(LightningModule):
         kl: KLPenalty | None = None,
         discriminator_every: int = 1,
         discriminator_steps: int = 1,
+        governor: Governor | None = None,
         score_l2: float = 0.001,
         score_clip: float | None = 10.0,
         label_smoothing: float = 0.0,
@@ -130,6 +137,7 @@ class AdversarialAlignModule(LightningModule):
         warn_inert_kl(kl)
         self.kl = kl or KLPenalty()
         self.discriminator_every, self.discriminator_steps = discriminator_every, discriminator_steps
+        self.governor = governor
         self.score_l2, self.score_clip, self.label_smoothing = score_l2, score_clip, label_smoothing
         self.schedule: Schedule = schedule
         self.warmup = warmup
@@ -177,8 +185,7 @@ class AdversarialAlignModule(LightningModule):
         with self.timer.phase("policy"):
             policy_loss = self._policy_backward(sequences, advantages_B, sampler_logps_BT, rollouts)
         with self.timer.phase("discriminator"):
-            if self.trainer.fit_loop.total_batch_idx % self.discriminator_every == 0:
-                self._discriminator_update(batch, rollouts)
+            self._discriminator_update(batch, rollouts, self._plan(scores, demonstration_scores))
         with self.timer.phase("policy"):
             self._policy_step(batch)
         with self.timer.phase("sync"):
@@ -262,18 +269,32 @@ class AdversarialAlignModule(LightningModule):
                 what="align/policy_loss",
             )
 
-    def _discriminator_update(self, batch: PromptBatch, rollouts: Sequence[Rollout]) -> None:
+    def _plan(self, scores: Scores, demonstration_scores: Scores) -> Plan:
+        """What the discriminator does in this step."""
+        due = self.trainer.fit_loop.total_batch_idx % self.discriminator_every == 0
+        plan = Plan(self.discriminator_steps if due else 0)
+        if self.governor is None:
+            return plan
+        accuracy = pair_accuracy(demonstration_scores.by_expert, scores.by_expert, scores.valid_B)
+        plan = self.governor.plan(accuracy, plan.steps)
+        self.log_dict({f"align/{name}": value for name, value in self.governor.metrics(plan).items()}, batch_size=1)
+        return plan
+
+    def _discriminator_update(self, batch: PromptBatch, rollouts: Sequence[Rollout], plan: Plan) -> None:
+        if plan.steps == 0:
+            return
         # The raw optimiser: a step through Lightning's wrapper would count in trainer.global_step, and the step we
         # count, log, checkpoint and stop at is the policy's.
         optimizer = self.optimizers()[1].optimizer  # type: ignore[index]
         with training_only(self, "discriminator"):
-            for _ in range(self.discriminator_steps):
+            for _ in range(plan.steps):
                 loss = self._discriminator_loss(batch, rollouts)
                 check_finite(loss, "align/discriminator_loss", batch.ids)
                 self.manual_backward(loss)
                 norm = clip_gradients(self.discriminator.parameters(), self.discriminator_max_grad_norm)
                 check_finite(norm, "the discriminator's gradient norm", batch.ids)
-                optimizer.step()
+                with scaled_rate(optimizer, plan.rate):
+                    optimizer.step()
                 optimizer.zero_grad()
         self.log("align/discriminator_loss", loss.detach(), batch_size=1, sync_dist=True)
         self.log("align/grad_norm/discriminator", norm, batch_size=1)
@@ -314,11 +335,15 @@ class AdversarialAlignModule(LightningModule):
         leave_out(checkpoint, "reference")
         keep_plain_hyperparameters(checkpoint)
         checkpoint["rollout"] = self.rollout.state_dict()
+        if self.governor is not None:
+            checkpoint["governor"] = self.governor.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.reference is not None:
             put_back(checkpoint, "reference", self.reference)
         self._engine_state = checkpoint["rollout"]
+        if self.governor is not None and "governor" in checkpoint:  # not in that of a run without one
+            self.governor.load_state_dict(checkpoint["governor"])
 
     def teardown(self, stage: str) -> None:
         self.rollout.close()
@@ -350,6 +375,7 @@ class AdversarialAlignModule(LightningModule):
             valid=scores.valid_B.view(shape),
             scores={e: s.detach().view(shape) for e, s in scores.by_expert.items()},
             demonstration_scores={e: s.detach().view(shape)[:, 0] for e, s in demonstration_scores.by_expert.items()},
+            score_clip=self.score_clip,
         )
         if rewards_PG is not None:
             output["rewards"] = rewards_PG

@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, TypeVar
 
 from prism_pl.chat import parse
 from prism_pl.metrics.counting import Rule, count_segment
@@ -27,7 +27,8 @@ SIDES: tuple[Side, ...] = ("policy", "supervision")
 
 class ResponseRecord(TypedDict):
     """One response. `items`, `steps`, `caption` and `reasoning` are None where malformed, and the last two where no
-    scene is known; `correct` is through the format, `lenient` wherever the answer stands."""
+    scene is known; `correct` is through the format, `lenient` wherever the answer stands. `nll` has the supervision's
+    response where the drift meter measured it: block -> summed negative log-likelihood under the policy, and tokens."""
 
     text: str
     valid: bool
@@ -40,6 +41,7 @@ class ResponseRecord(TypedDict):
     steps: int | None
     caption: dict[str, int] | None
     reasoning: dict[str, int] | None
+    nll: NotRequired[dict[str, tuple[float, int]]]
 
 
 class PromptRecord(TypedDict):
@@ -105,7 +107,7 @@ def responses_of(record: PromptRecord, side: Side) -> list[ResponseRecord]:
 
 def keep_images(example: "Example", folder: Path, side: int = 512) -> list[str]:
     """Write the example's images as PNG files, no side longer than `side` pixels. Returns their paths in `folder`."""
-    from prism_pl.processor import open_image
+    from prism_pl.images import open_image
 
     files = []
     for number, image in enumerate(example.images):

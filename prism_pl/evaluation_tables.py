@@ -54,6 +54,13 @@ def _mean_of(key: Literal["items", "steps"]) -> Ratio:
     return ratio
 
 
+def _nll_of(block: str) -> Ratio:
+    def ratio(record: ResponseRecord) -> tuple[float, float]:
+        return record.get("nll", {}).get(block, (0, 0))
+
+    return ratio
+
+
 # Every number is a sum over a sum: what a response adds to both. (0, 0) leaves it out.
 POLICY_RATIOS: dict[str, Ratio] = {
     "accuracy": lambda record: (record["correct"], 1),
@@ -73,7 +80,9 @@ SCENE_RATIOS: dict[str, Ratio] = {
     "step_correctness": _of_reasoning(STEP_SHARES["right"]),
     "step_completeness": _of_reasoning(STEP_SHARES["present"]),
 }
-RATIOS = POLICY_RATIOS | TEXT_RATIOS | SCENE_RATIOS
+# Of the supervision's response under the policy: nats a token, where the drift meter measured them.
+NLL_RATIOS: dict[str, Ratio] = {f"teacher_nll_{block}": _nll_of(block) for block in ("caption", "reasoning", "answer")}
+RATIOS = POLICY_RATIOS | TEXT_RATIOS | SCENE_RATIOS | NLL_RATIOS
 DISTANCES: dict[str, Literal["items", "steps", "tokens"]] = {
     "descriptive_items": "items",
     "reasoning_steps": "steps",
@@ -82,7 +91,9 @@ DISTANCES: dict[str, Literal["items", "steps", "tokens"]] = {
 
 
 def prompt_ratio(record: PromptRecord, metric: str, side: Side = "policy") -> tuple[float, float]:
-    """Numerator and denominator of a metric, summed over a prompt's responses of one side."""
+    """Numerator and denominator of a metric, summed over a prompt's responses of one side. The likelihood of the
+    supervision's response is the supervision's, whatever side is named."""
+    side = "supervision" if metric in NLL_RATIOS else side
     parts = [RATIOS[metric](response) for response in responses_of(record, side)]
     return sum(part[0] for part in parts), sum(part[1] for part in parts)
 
@@ -124,12 +135,15 @@ def make_table(records: Sequence[PromptRecord], pass_k: Sequence[int], num_resam
         rows = [record for record in records if responses_of(record, side)]
         for metric in (TEXT_RATIOS | SCENE_RATIOS if scenes_known else TEXT_RATIOS) if rows else ():
             table[f"{metric}/{side}"] = _ratio_entry(rows, metric, side, num_resamples, seed)
+    measured = [r for r in records if r["supervision"] is not None and "nll" in r["supervision"]]
+    for metric in NLL_RATIOS if measured else ():
+        table[metric] = _ratio_entry(measured, metric, "supervision", num_resamples, seed)
     for metric in DISTANCES:
         policy = prompt_counts(records, metric, "policy")
         if policy:
             supervision = prompt_counts(records, metric, "supervision")
             interval = distance_interval(policy, supervision, num_resamples, seed=seed)
-            table[f"{metric}/distance"] = _entry(interval, sum(map(len, policy.values())))
+            table[f"{metric}/distance"] = make_entry(interval, sum(map(len, policy.values())))
     return table
 
 
@@ -137,7 +151,7 @@ def _ratio_entry(records: Sequence[PromptRecord], metric: str, side: Side, num_r
     pairs = [prompt_ratio(record, metric, side) for record in records]
     interval = ratio_interval([p[0] for p in pairs], [p[1] for p in pairs], num_resamples, seed=seed)
     counted = [RATIOS[metric](response)[1] > 0 for record in records for response in responses_of(record, side)]
-    return _entry(interval, sum(counted))
+    return make_entry(interval, sum(counted))
 
 
 def _pass_entry(records: Sequence[PromptRecord], k: int, num_resamples: int, seed: int) -> Entry:
@@ -147,8 +161,9 @@ def _pass_entry(records: Sequence[PromptRecord], k: int, num_resamples: int, see
 
     correct_PG = torch.tensor([[response["correct"] for response in record["policy"]] for record in records])
     estimates_P = pass_at_k(correct_PG, k).numpy()
-    return _entry(bootstrap_interval(estimates_P, num_resamples, seed=seed), correct_PG.numel())
+    return make_entry(bootstrap_interval(estimates_P, num_resamples, seed=seed), correct_PG.numel())
 
 
-def _entry(interval: Interval, responses: int) -> Entry:
+def make_entry(interval: Interval, responses: int) -> Entry:
+    """An interval and how many responses are behind it."""
     return Entry(mean=interval.mean, low=interval.low, high=interval.high, prompts=interval.n, responses=responses)
