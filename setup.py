@@ -33,7 +33,9 @@ setup(
     packages=[
         "prism_pl",
         "prism_pl.ablations",
+        "prism_pl.data",
         "prism_pl.discriminator",
+        "prism_pl.health",
         "prism_pl.metrics",
         "prism_pl.pipeline",
         "prism_pl.report",

@@ -1,5 +1,8 @@
 """Sources of examples: one LightningDataModule a source."""
 
+from datamodules.demonstrations import DemonstrationsDataModule
 from datamodules.digits import DigitsDataModule
+from datamodules.pairs import PairsDataModule
+from datamodules.prompts import PromptsDataModule
 
-__all__ = ["DigitsDataModule"]
+__all__ = ["DemonstrationsDataModule", "DigitsDataModule", "PairsDataModule", "PromptsDataModule"]

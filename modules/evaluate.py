@@ -27,6 +27,7 @@ from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.report.evaluations import FILE_NAME, read_evaluation
 from prism_pl.report.screen import print_evaluation
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, generate_batch
+from prism_pl.row_needs import RowNeeds
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -50,6 +51,8 @@ class EvaluateModule(LightningModule):
         drift: also measure likelihood of the supervision, distance of embeddings and a probe's AUC, see
             `prism_pl.drift_meter`; None leaves them out.
     """
+
+    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ WHOLE = ("response",)  # the only segment of a discriminator that reads the whol
 _TAG = re.compile(r"</?(?:caption|think|answer)>")
 _RESPONSE = re.compile(r"\s*<caption>(.*)</caption>\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 _WHITE_SPACE = re.compile(r"\s+")
+_CONTROL = re.compile(r"<(?=\|[\w.-]+\|>)")
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,12 @@ def normalise(text: str) -> str:
     """Fold every run of white space into one space, keeping line breaks apart from spaces: a line break is structure
     (one item a line), so runs that hold one become one line break."""
     return _WHITE_SPACE.sub(lambda run: "\n" if "\n" in run.group() else " ", text).strip()
+
+
+def plain_text(text: str) -> str:
+    """`text` with a zero-width space inside each control token that it spells out (`<|im_end|>` and its like), so that
+    no tokenizer, ours or an engine's, takes it for one. It looks the same, and other text is returned unchanged."""
+    return _CONTROL.sub("<\u200b", text)
 
 
 def lenient_answer(text: str) -> str:

@@ -107,7 +107,7 @@ def responses_of(record: PromptRecord, side: Side) -> list[ResponseRecord]:
 
 def keep_images(example: "Example", folder: Path, side: int = 512) -> list[str]:
     """Write the example's images as PNG files, no side longer than `side` pixels. Returns their paths in `folder`."""
-    from prism_pl.processor import open_image
+    from prism_pl.images import open_image
 
     files = []
     for number, image in enumerate(example.images):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prism_pl.metrics.probe import probe_intervals
     from prism_pl.metrics.reward_gap import RewardGapMetric
     from prism_pl.metrics.structure import DescriptiveItems, ReasoningSteps
+    from prism_pl.metrics.structure_drift import StructureDrift
 
 _HOME = {
     "BootstrapMean": "bootstrap_mean",
@@ -38,6 +39,7 @@ _HOME = {
     "ReasoningSteps": "structure",
     "RewardGapMetric": "reward_gap",
     "StepCorrectness": "faithfulness",
+    "StructureDrift": "structure_drift",
     "compare_items": "faithfulness",
     "energy_distance": "drift",
     "energy_interval": "drift",
@@ -57,6 +59,7 @@ __all__ = [
     "ReasoningSteps",
     "RewardGapMetric",
     "StepCorrectness",
+    "StructureDrift",
     "bootstrap_interval",
     "compare_items",
     "count_items",

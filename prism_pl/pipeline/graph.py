@@ -20,6 +20,7 @@ OUTPUTS: dict[str, dict[str, str]] = {
     "fit": {
         "export": "export",
         "export_best": "export-best",
+        "export_last": "export-last",  # where callbacks.Export chose another for export/
         "export_discriminator": "export-discriminator",
         "kept_ids": "kept_ids.json",  # which prompts the difficulty filter left
     },
