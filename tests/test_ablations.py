@@ -395,13 +395,14 @@ def test_wrong_ablations_are_one_message(folder, file, old, new, said):
             "There is no option --arm. Did you mean --arms? All options: python -m prism_pl ablations --help",
         ),
         (["--tables"], "run holds no ablations yet"),
+        (["--rlvr.model.wrong", "1"], "There is no key wrong."),
     ],
 )
 def test_a_wrong_command_line_is_one_message(folder, options, said):
     with pytest.raises(UsageError) as error:
         start(*options)
     assert said in str(error.value)
-    assert not Path("run").exists()
+    assert not Path("run/ledger.json").exists()
 
 
 def test_help_is_light(capsys):

@@ -10,7 +10,7 @@ import yaml
 
 from prism_pl.ablations.arms import Merged, merge
 from prism_pl.ablations.schema import Ablations, arm_name, chosen, load_ablations, load_arms
-from prism_pl.errors import UsageError
+from prism_pl.errors import PipelineFailed, Stopped, UsageError
 from prism_pl.ledger import Ledger, locked, write_whole
 from prism_pl.pipeline.command import Parser, Start, as_yaml, split_settings
 from prism_pl.pipeline.graph import build_graph
@@ -76,8 +76,10 @@ def run(args: list[str], runner: Runner | None = None) -> None:
         ledger = Ledger.read(folder) or Ledger.new(folder, command)
         try:
             start.run(ledger, runner or ProcessRunner(lock, part.pipeline.options.parallel))
-        finally:
+        except (PipelineFailed, Stopped):
             _print_tables(folder, whole, ablations, write=True)
+            raise
+        _print_tables(folder, whole, ablations, write=True)
 
 
 def make_parser() -> Parser:
