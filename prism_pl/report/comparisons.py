@@ -10,7 +10,7 @@ from prism_pl.report.evaluations import Evaluation
 from prism_pl.report.runs import Run, evaluations_of, labels_of
 from prism_pl.report.tables import COLUMNS, NOT_AVAILABLE, Evaluations, cell, markdown_table, number
 
-# What pairs of checkpoints are compared by; for distances and likelihoods (negative, of the supervision) less is better.
+# What pairs of checkpoints are compared by; of distances and of negative log-likelihoods less is better.
 COMPARED = (
     "accuracy",
     "format",
@@ -73,8 +73,8 @@ def differences_table(
     counts = sorted({interval.n for of_pair in found for interval in of_pair.values()})
     note = (
         f"Paired bootstrap over {' or '.join(map(str, counts))} prompts of {split}: {num_resamples} resamples, seed "
-        f"{seed}; shares from 0 to 1, distances in items and steps, likelihoods in nats a token. A star: the 95% interval "
-        "excludes 0."
+        f"{seed}; shares from 0 to 1, distances in items and steps, likelihoods in nats a token. A star: the 95% "
+        "interval excludes 0."
     )
     return [*markdown_table(["difference", *(f"{a} - {b}" for a, b in pairs)], rows), "", note]
 
