@@ -147,7 +147,7 @@ class FilesDataModule(L.LightningDataModule):
     def selection(self) -> dict[str, Any]:
         """Which of the rows are trained on."""
         held_out = {"num_validation": self.num_validation, "seed": self.seed} if self.num_validation else {}
-        return {"num_train": self.num_train, **held_out}
+        return {"num_rows": len(self._train_indices), **held_out}
 
     def state_dict(self) -> dict[str, Any]:
         return self.row_recipe() | {"selection": self.selection()}
