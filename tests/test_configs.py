@@ -23,7 +23,7 @@ SHIPPED = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "co
 # No stages of their own: tests/test_pipeline_processes.py and tests/test_ablations.py.
 PIPELINES = ("pipeline.yaml", "ablations.yaml", "ablations/")
 CONFIGS = [name for name in SHIPPED if not name.startswith(PIPELINES)]
-OTHERS = {"evaluate.yaml": "test", "filter.yaml": "predict"}
+OTHERS = {"evaluate.yaml": "test", "filter.yaml": "predict", "pairs.yaml": "predict"}
 FIT = [name for name in CONFIGS if name not in OTHERS]
 
 FEW = shlex.split(
@@ -38,6 +38,7 @@ SMALLER = {
     "digits/rlvr_gspo": "--model.num_rollouts 8 --trainer.max_steps 8",  # four steps a batch
     "evaluate": "--data.num_test 4 --data.num_hard 4",
     "filter": "--data.num_train 4 --model.num_samples 2",
+    "pairs": "--data.num_train 4",
 }
 
 
@@ -98,6 +99,7 @@ TAGS = {
     "digits/rlvr_dapo": RLVR_TAGS | each("rlvr", "overlong", "refills", "shortfall"),
     "digits/rlvr_gspo": RLVR_TAGS,
     "filter": set(),  # it writes pass_rates.jsonl
+    "pairs": set(),  # it writes pairs.jsonl
     "evaluate": each("evaluate", *(f"{split}/all/{what}" for split in ("test", "hard") for what in EVALUATED)),
 }
 
