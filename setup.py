@@ -32,6 +32,7 @@ setup(
     package_dir={"": "."},
     packages=[
         "prism_pl",
+        "prism_pl.benchmarks",
         "prism_pl.metrics",
         "prism_pl.pipeline",
         "prism_pl.report",

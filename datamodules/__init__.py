@@ -1,5 +1,6 @@
 """Sources of examples: one LightningDataModule a source."""
 
+from datamodules.benchmarks import BenchmarksDataModule
 from datamodules.digits import DigitsDataModule
 
-__all__ = ["DigitsDataModule"]
+__all__ = ["BenchmarksDataModule", "DigitsDataModule"]
