@@ -33,6 +33,7 @@ setup(
     packages=[
         "prism_pl",
         "prism_pl.benchmarks",
+        "prism_pl.discriminator",
         "prism_pl.metrics",
         "prism_pl.pipeline",
         "prism_pl.report",
