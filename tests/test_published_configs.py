@@ -1,4 +1,4 @@
-"""The configurations that need data or weights from elsewhere: each parses as it stands, with its overlays, and holds the
+"""Configurations that need data or weights from elsewhere: each parses as it stands, with its overlays, and holds the
 published numbers. No data is read."""
 
 import re
@@ -12,7 +12,7 @@ import yaml
 from prism_pl.__main__ import main
 from prism_pl.pipeline.graph import build_graph
 from prism_pl.pipeline.schema import load_pipeline
-from scripts.memory import said
+from scripts.memory import laid_over, said
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -20,7 +20,6 @@ SIZES = ("4b", "8b")
 STAGES = ("sft", "warmup", "align", "filter", "rlvr-grpo", "rlvr-dapo", "rlvr-gspo", "evaluate")
 OVERLAID = ("sft", "warmup", "align", "rlvr")
 OVERLAYS = tuple(f"{stage}-{gpus}" for stage in OVERLAID for gpus in ("1gpu", "2gpus"))
-COMMANDS = {"filter": "predict", "evaluate": "test", "benchmarks": "test"}
 NAMES = ["benchmarks", "sampling/greedy", "sampling/paper"] + [
     f"qwen3vl-{size}/{name}" for size in SIZES for name in (*STAGES, *OVERLAYS)
 ]
@@ -39,30 +38,37 @@ def launch(name: str) -> list[str]:
     return shlex.split(line)[4:]
 
 
-def parsed(args: list[str], capsys) -> dict[str, Any]:
+def parse(args: list[str], capsys) -> None:
     code = main([*args, "--print_config"])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return yaml.safe_load(captured.out)
+    assert code == 0, capsys.readouterr().err
 
 
-def settings(name: str, capsys, *more: str) -> dict[str, Any]:
-    command = COMMANDS.get(name.split("/")[-1], "fit")
-    return parsed([command, "--config", f"{name}.yaml", *more], capsys)
+def settings(*names: str) -> dict[str, Any]:
+    """A YAML with others laid over it."""
+    config: dict[str, Any] = {}
+    for name in names:
+        config = laid_over(config, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
+    return config
 
 
-@pytest.mark.parametrize("name", NAMES)
+def the_rest_is_slow(names: list[str]) -> list[Any]:
+    """The larger size has the smaller one's keys: its files are parsed in the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if "8b" in name else name for name in names]
+
+
+@pytest.mark.parametrize("name", the_rest_is_slow(NAMES))
 def test_launch_line_and_every_override_parse(name, capsys):
     args = launch(name)
     assert f"{name}.yaml" in args
-    parsed(args, capsys)
-    overrides = [line.split(": ", 1)[1] for line in opening(name) if ": --" in line and not line.startswith("Launch")]
-    assert overrides
+    lines = [line.split(": ", 1)[1] for line in opening(name) if ": --" in line and not line.startswith("Launch")]
+    assert lines
+    overrides = [shlex.split(one) for line in lines for one in line.split(" or ")]
+    # Those that name YAMLs are laid over one by one, the others all at once.
+    plain = [override for override in overrides if "--config" not in override]
+    parse([*args, *(arg for override in plain for arg in override)], capsys)
     for override in overrides:
-        # One that names configurations of its own stands alone; two of them by "or" are tried one by one.
-        for one in override.split(" or "):
-            own = "rlvr-dapo.yaml" in one
-            parsed([*(args[:1] if own else args), *shlex.split(one)], capsys)
+        if override not in plain and "8b" not in name:
+            parse([*(args[:1] if "rlvr-dapo.yaml" in str(override) else args), *override], capsys)
 
 
 def test_every_file_is_tested():
@@ -71,7 +77,7 @@ def test_every_file_is_tested():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pipeline_resolves_and_the_baseline_takes_as_many_steps(size, capsys):
+def test_pipeline_resolves_and_the_baseline_takes_as_many_steps(size):
     graph = build_graph(load_pipeline([f"qwen3vl-{size}/pipeline.yaml"], {}))
     assert [name for name in graph if name.startswith("evaluate")] == [
         "evaluate-base",
@@ -81,7 +87,6 @@ def test_pipeline_resolves_and_the_baseline_takes_as_many_steps(size, capsys):
         "evaluate-sft-rlvr",
     ]
     assert graph["sft-rlvr"].stage.set["trainer.max_steps"] == "{align.trainer.max_steps + rlvr.trainer.max_steps}"
-    assert main(["pipeline", "--config", f"qwen3vl-{size}/pipeline.yaml", "--print_config"]) == 0
 
 
 def files(name: str) -> list[str]:
@@ -108,18 +113,18 @@ def test_memory_formula_by_hand():
     assert said(config) == "2 GPUs with 40 GB each, 198 GB of CPU memory"
 
 
-def test_published_hyperparameters(capsys):
+def test_published_hyperparameters():
     """The README's table and the scripts of the release, prism.md sections 3 to 6."""
     for size in SIZES:
-        sft = settings(f"qwen3vl-{size}/sft", capsys)
+        sft = settings(f"qwen3vl-{size}/sft")
         model = sft["model"]["init_args"]
         assert model["optimizer"]["init_args"]["lr"] == 1e-5
         assert (model["schedule"], model["warmup"], sft["trainer"]["max_epochs"]) == ("cosine", 0.1, 1)
-        warmup = settings(f"qwen3vl-{size}/warmup", capsys)
+        warmup = settings(f"qwen3vl-{size}/warmup")
         judge = warmup["model"]["init_args"]["discriminator"]["init_args"]
         assert (judge["num_experts"], judge["top_k"], judge["noise_std"], judge["balance_weight"]) == (4, 2, 0.01, 0.01)
         assert warmup["data"]["init_args"]["batch_size"] * warmup["trainer"]["devices"] == 128
-        align = settings(f"qwen3vl-{size}/align", capsys)
+        align = settings(f"qwen3vl-{size}/align")
         model = align["model"]["init_args"]
         prompts = align["data"]["init_args"]["batch_size"] * align["trainer"]["devices"] // model["ranks_per_group"]
         assert (prompts, model["num_rollouts"], align["trainer"]["max_steps"]) == (4, 16, 500)
@@ -135,9 +140,9 @@ def test_published_hyperparameters(capsys):
     ("dapo", 0.1, 10, 96),
     ("gspo", 0.1, 0.05, 32),
 ])  # fmt: skip
-def test_published_hyperparameters_of_rlvr(name, decay, warmup, prompts, capsys):
+def test_published_hyperparameters_of_rlvr(name, decay, warmup, prompts):
     for size in SIZES:
-        config = settings(f"qwen3vl-{size}/rlvr-{name}", capsys)
+        config = settings(f"qwen3vl-{size}/rlvr-{name}")
         model, devices = config["model"]["init_args"], config["trainer"]["devices"]
         assert config["data"]["init_args"]["batch_size"] * devices == prompts
         assert (model["num_rollouts"], model["sampling"]["max_tokens"], config["trainer"]["max_steps"]) == (
@@ -152,13 +157,13 @@ def test_published_hyperparameters_of_rlvr(name, decay, warmup, prompts, capsys)
 
 
 @pytest.mark.parametrize("stage", OVERLAID)
-def test_overlays_keep_the_batch_and_everything_but_where_it_runs(stage, capsys):
+def test_overlays_keep_the_batch_and_everything_but_where_it_runs(stage):
     """Fewer GPUs take the same prompts a step; adapters alone have another rate."""
     base = "rlvr-grpo" if stage == "rlvr" else stage
     for size in SIZES:
-        whole = settings(f"qwen3vl-{size}/{base}", capsys)
+        whole = settings(f"qwen3vl-{size}/{base}")
         for gpus in ("1gpu", "2gpus"):
-            over = settings(f"qwen3vl-{size}/{base}", capsys, "--config", f"qwen3vl-{size}/{stage}-{gpus}.yaml")
+            over = settings(f"qwen3vl-{size}/{base}", f"qwen3vl-{size}/{stage}-{gpus}")
             assert _batch(over) == _batch(whole)
             changed = set(_differences(whole["model"]["init_args"], over["model"]["init_args"]))
             allowed = {"policy.lora", "ranks_per_group", "rollout.init_args.gpu_memory"}
