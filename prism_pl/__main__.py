@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": ("measure pass rates of the training prompts", "prism_pl.cli:run"),
     "report": ("tables and figures of finished runs", "prism_pl.report.command:run"),
     "pipeline": ("all stages, with a ledger of them", "prism_pl.pipeline.command:run"),
+    "push": ("upload an export to the Hugging Face hub", "prism_pl.push:run"),
 }
 
 HELP = """usage: python -m prism_pl COMMAND [--config FILE] [--KEY VALUE ...]
