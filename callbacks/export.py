@@ -2,11 +2,12 @@
 model card."""
 
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from prism_pl.checkpoint_choice import CHOICE, DRIFT, Choice
 from prism_pl.lora import has_lora, save_adapters
 from prism_pl.model_card import provenance, write_card
 from prism_pl.policy import PolicySpec
@@ -33,11 +34,20 @@ class Export(Callback):
     * `export-best/`: the policy at the best value so far of the first ModelCheckpoint with a `monitor`. Without such a
       checkpoint there is no best, and no such folder.
 
+    With `choice: least_drift`, `export/` holds the policy of that validation whose structure was nearest to the
+    supervision's (the least `proxies/val_drift`, which `callbacks.StructuralProxies` logs; the earliest of equals),
+    `export-last/` the policy as the fit left it, and `choice.json` says which step was taken and what the others had.
+    It is chosen on validation rows alone; what is reported of it has to come from test rows.
+
     A checkpoint is written by hooks that run after every other callback's, so a new best is seen, and exported, before
     the next batch changes the weights.
+
+    Args:
+        choice: which policy `export/` holds: the `last` one, as published, or that of `least_drift`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, choice: Literal["last", "least_drift"] = "last") -> None:
+        self.choice = Choice() if choice == "least_drift" else None
         self._best: tuple[str, float | None] = ("", None)
         self._exported: tuple[str, float | None] | None = None  # the best of a resumed run that was exported
 
@@ -49,16 +59,37 @@ class Export(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._export_new_best(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.choice is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if DRIFT not in trainer.callback_metrics:
+            raise ValueError(
+                f"callbacks.Export with choice=least_drift needs {DRIFT}: add callbacks.StructuralProxies, which logs "
+                "it in validations with demonstrations, or take choice=last"
+            )
+        if self.choice.add(trainer.global_step, float(trainer.callback_metrics[DRIFT])):
+            _export(trainer, pl_module, "export")
+        if trainer.is_global_zero:
+            self.choice.write(Path(trainer.default_root_dir) / CHOICE)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._export_new_best(trainer, pl_module)
-        _export(trainer, pl_module, "export")
+        _export(trainer, pl_module, "export" if self.choice is None else "export-last")
+        if self.choice is not None and self.choice.step is None:
+            raise ValueError(
+                f"callbacks.Export with choice=least_drift had nothing to choose from: no validation gave a {DRIFT} "
+                "that is a number. export-last/ holds the last policy; see trainer.val_check_interval"
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"exported": self._best}
+        chosen = None if self.choice is None else self.choice.validations
+        return {"exported": self._best, "validations": chosen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         path, score = state_dict["exported"]
         self._exported = (path, score)
+        if self.choice is not None:
+            self.choice = Choice(state_dict.get("validations") or [])
 
     def _export_new_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         best = _best(trainer)

@@ -45,6 +45,7 @@ from prism_pl.rollout_stage import (
     warn_inert_kl,
     with_overlong,
 )
+from prism_pl.row_needs import RowNeeds
 from prism_pl.strategy import check_one_device, check_trainer, share, world_size
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, rows_of, warn_inert_clip
@@ -86,6 +87,8 @@ class RLVRModule(LightningModule):
         chunk_tokens: response tokens whose logits exist at once.
         export_dtype: of the exported policy.
     """
+
+    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from prism_pl.losses import masked_nll
 from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.processor import Processor
+from prism_pl.row_needs import RowNeeds
 from prism_pl.strategy import check_trainer, share
 
 
@@ -87,6 +88,7 @@ class SFTModule(LightningModule):
         self.export_dtype: Literal["float32", "bfloat16"] = export_dtype
         self.processor = policy.processor()
         self.collator = SFTCollator(self.processor, max_length)
+        self.row_needs = RowNeeds(response=True, max_length=max_length)
         self.policy: Any = None
         self._rows: list[str] = []
 

@@ -29,7 +29,8 @@ SIDES: tuple[Side, ...] = ("policy", "supervision")
 
 class ResponseRecord(TypedDict):
     """One response. `items`, `steps`, `caption` and `reasoning` are None where malformed, and the last two where no
-    scene is known; `correct` is through the format, `lenient` wherever the answer stands."""
+    scene is known; `correct` is through the format, `lenient` wherever the answer stands. `nll` has the supervision's
+    response where the drift meter measured it: block -> summed negative log-likelihood under the policy, and tokens."""
 
     text: str
     valid: bool
@@ -43,6 +44,7 @@ class ResponseRecord(TypedDict):
     caption: dict[str, int] | None
     reasoning: dict[str, int] | None
     judged: NotRequired[Judged]  # where a judge model was asked
+    nll: NotRequired[dict[str, tuple[float, int]]]
 
 
 class PromptRecord(TypedDict):
@@ -136,7 +138,7 @@ def responses_of(record: PromptRecord, side: Side) -> list[ResponseRecord]:
 
 def keep_images(example: "Example", folder: Path, side: int = 512) -> list[str]:
     """Write the example's images as PNG files, no side longer than `side` pixels. Returns their paths in `folder`."""
-    from prism_pl.processor import open_image
+    from prism_pl.images import open_image
 
     files = []
     for number, image in enumerate(example.images):

@@ -59,6 +59,13 @@ def _mean_of(key: Literal["items", "steps"]) -> Ratio:
     return ratio
 
 
+def _nll_of(block: str) -> Ratio:
+    def ratio(record: ResponseRecord) -> tuple[float, float]:
+        return record.get("nll", {}).get(block, (0, 0))
+
+    return ratio
+
+
 # Every number is a sum over a sum: what a response adds to both. (0, 0) leaves it out.
 POLICY_RATIOS: dict[str, Ratio] = {
     "accuracy": lambda record: (record["correct"], 1),
@@ -84,7 +91,9 @@ SCENE_RATIOS: dict[str, Ratio] = {
     "step_correctness": _of_reasoning(STEP_SHARES["right"]),
     "step_completeness": _of_reasoning(STEP_SHARES["present"]),
 }
-RATIOS = POLICY_RATIOS | JUDGE_RATIOS | TEXT_RATIOS | SCENE_RATIOS
+# Of the supervision's response under the policy: nats a token, where the drift meter measured them.
+NLL_RATIOS: dict[str, Ratio] = {f"teacher_nll_{block}": _nll_of(block) for block in ("caption", "reasoning", "answer")}
+RATIOS = POLICY_RATIOS | JUDGE_RATIOS | TEXT_RATIOS | SCENE_RATIOS | NLL_RATIOS
 LENIENT = "lenient_"  # before a unit's score: by the answer wherever it stands
 DISTANCES: dict[str, Literal["items", "steps", "tokens"]] = {
     "descriptive_items": "items",
@@ -94,7 +103,9 @@ DISTANCES: dict[str, Literal["items", "steps", "tokens"]] = {
 
 
 def prompt_ratio(record: PromptRecord, metric: str, side: Side = "policy") -> tuple[float, float]:
-    """Numerator and denominator of a metric, summed over a prompt's responses of one side."""
+    """Numerator and denominator of a metric, summed over a prompt's responses of one side. The likelihood of the
+    supervision's response is the supervision's, whatever side is named."""
+    side = "supervision" if metric in NLL_RATIOS else side
     parts = [RATIOS[metric](response) for response in responses_of(record, side)]
     return sum(part[0] for part in parts), sum(part[1] for part in parts)
 
@@ -167,12 +178,15 @@ def make_table(records: Sequence[PromptRecord], pass_k: Sequence[int], num_resam
         rows = [record for record in records if responses_of(record, side)]
         for metric in (TEXT_RATIOS | SCENE_RATIOS if scenes_known else TEXT_RATIOS) if rows else ():
             table[f"{metric}/{side}"] = _ratio_entry(rows, metric, side, num_resamples, seed)
+    measured = [r for r in records if r["supervision"] is not None and "nll" in r["supervision"]]
+    for metric in NLL_RATIOS if measured else ():
+        table[metric] = _ratio_entry(measured, metric, "supervision", num_resamples, seed)
     for metric in DISTANCES:
         policy = prompt_counts(records, metric, "policy")
         if policy:
             supervision = prompt_counts(records, metric, "supervision")
             interval = distance_interval(policy, supervision, num_resamples, seed=seed)
-            table[f"{metric}/distance"] = _entry(interval, interval.n, sum(map(len, policy.values())))
+            table[f"{metric}/distance"] = make_entry(interval, sum(map(len, policy.values())))
     return table
 
 
@@ -182,7 +196,8 @@ def _ratio_entry(records: Sequence[PromptRecord], metric: str, side: Side, num_r
         for record in records
         for response in responses_of(record, side)
     ]
-    return _entry(_interval(unit_ratios(records, metric, side), num_resamples, seed), len(records), sum(counted))
+    interval = _interval(unit_ratios(records, metric, side), num_resamples, seed)
+    return make_entry(interval, sum(counted), len(records))
 
 
 def _interval(ratios: Mapping[str, tuple[float, float]], num_resamples: int, seed: int) -> Interval:
@@ -200,8 +215,10 @@ def _pass_entry(records: Sequence[PromptRecord], k: int, num_resamples: int, see
         unit = record.get("unit", record["id"])
         total, count = ratios.get(unit, (0.0, 0))
         ratios[unit] = (total + estimate, count + 1)
-    return _entry(_interval(ratios, num_resamples, seed), len(records), correct_PG.numel())
+    return make_entry(_interval(ratios, num_resamples, seed), correct_PG.numel(), len(records))
 
 
-def _entry(interval: Interval, prompts: int, responses: int) -> Entry:
-    return Entry(mean=interval.mean, low=interval.low, high=interval.high, prompts=prompts, responses=responses)
+def make_entry(interval: Interval, responses: int, prompts: int | None = None) -> Entry:
+    """An interval and how many responses are behind it; `prompts` where they were resampled in units."""
+    num_prompts = interval.n if prompts is None else prompts
+    return Entry(mean=interval.mean, low=interval.low, high=interval.high, prompts=num_prompts, responses=responses)

@@ -16,7 +16,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from prism_pl.errors import did_you_mean
+from prism_pl.errors import UsageError, did_you_mean
 
 CLASS_PATH = re.compile(r"class_path '([\w.]+)'|class_path='([\w.]+)'")
 PARSER_KEY = re.compile(r'(?:Parser|Config) key "([\w.]+)"')
@@ -173,6 +173,19 @@ def file_with_key(message: str, files: list[Path]) -> Path | None:
     parts = key[1].split(".")
     holding = [file for file in files if all(re.search(rf"\b{part}\b", file.read_text()) for part in parts)]
     return holding[-1] if holding else None
+
+
+def explain_lightning(error: ValueError) -> UsageError | None:
+    """What Lightning says against the trainer's options once it knows the data, in our words; None for all else."""
+    if match := re.search(
+        r"`val_check_interval` \((\d+)\) must be less than or equal to .*?batches \((\d+)\)", str(error)
+    ):
+        return UsageError(
+            f"trainer.val_check_interval is {match[1]}, and an epoch has {match[2]} batches. Give --trainer."
+            f"val_check_interval {match[2]} or less, more rows (data.num_train) or a smaller data.batch_size; or "
+            "--trainer.limit_val_batches 0 for a run without validation."
+        )
+    return None
 
 
 def own_error(error: BaseException) -> BaseException:

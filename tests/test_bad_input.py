@@ -41,11 +41,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(capsys, stage: str, options: str) -> str:
+def refused(capsys, stage: str, options: str, codes: tuple[int, ...] = (1, 2)) -> str:
     """Run a stage that must fail; returns its message, which is one and the last thing on the screen."""
     capsys.readouterr()
-    code = main([*shlex.split(COMMANDS[stage]), *shlex.split(options)])
-    assert code in (1, 2)
+    assert main([*shlex.split(COMMANDS[stage]), *shlex.split(options)]) in codes
     screen = capsys.readouterr().err
     assert "Traceback" not in screen
     assert screen.count("error: ") == 1
@@ -82,8 +81,9 @@ def write_table(folder: Path, columns: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_missing_policy_is_named_with_what_to_give(stage, folder, capsys):
-    message = refused(capsys, stage, "--model.policy.path runs/sft/export/gone")
+def test_missing_policy_is_named_with_what_to_give_and_leaves_no_folder(stage, folder, capsys):
+    message = refused(capsys, stage, "--model.policy.path runs/sft/export/gone", codes=(2,))
+    assert not list(folder.glob("runs/*"))
     assert (
         "policy.path 'runs/sft/export/gone' is no folder: name a folder in Hugging Face format or a hub id" in message
     )
@@ -190,6 +190,11 @@ def test_missing_or_broken_image_names_the_row_and_the_file(content, said, folde
 @pytest.mark.parametrize("stage", ["sft", "warmup", "align"])
 def test_rows_without_demonstrations_are_named(stage, folder, capsys):
     assert "has no response" in refused(capsys, stage, "--data.rows rlvr")
+
+
+def test_a_validation_that_no_epoch_reaches_names_the_option_and_the_ways_out(folder, capsys):
+    said = refused(capsys, "sft", "--trainer.val_check_interval 33 --trainer.limit_val_batches 1", codes=(2,))
+    assert "trainer.val_check_interval is 33, and an epoch has 32 batches. Give --trainer.val_check_interval 32" in said
 
 
 def test_malformed_demonstration_is_named_with_what_is_wrong(folder, capsys, monkeypatch):

@@ -91,7 +91,7 @@ def fit(folder, callbacks, stage=None, num_steps=3, ckpt_path=None, **options):
 
 
 def read(folder):
-    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0})
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0, "histograms": 0})
     events.Reload()
     return events
 

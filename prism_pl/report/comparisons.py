@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from prism_pl.evaluation_tables import DISTANCES, prompt_counts, unit_ratios
+from prism_pl.evaluation_tables import DISTANCES, NLL_RATIOS, prompt_counts, unit_ratios
 from prism_pl.metrics.bootstrap import Interval, paired_ratio_difference, same_ids
 from prism_pl.metrics.drift_bootstrap import paired_distance_difference
 from prism_pl.metrics.unit_scores import UNIT_SCORES
@@ -11,7 +11,7 @@ from prism_pl.report.evaluations import Evaluation
 from prism_pl.report.runs import Run, evaluations_of, labels_of
 from prism_pl.report.tables import COLUMNS, NOT_AVAILABLE, Evaluations, cell, markdown_table, number
 
-# What pairs of checkpoints are compared by; for distances less is better.
+# What pairs of checkpoints are compared by; for distances and likelihoods (negative, of the supervision) less is better.
 COMPARED = (
     "accuracy",
     "format",
@@ -22,6 +22,7 @@ COMPARED = (
     "caption_exact",
     "step_correctness",
     *UNIT_SCORES,
+    *NLL_RATIOS,
 )
 # What a difference's 95% interval has to be.
 WANTED: dict[str, Callable[[Interval], bool]] = {
@@ -77,18 +78,19 @@ def differences_table(
     what = "units" if in_units else "prompts"
     note = (
         f"Paired bootstrap over {' or '.join(map(str, counts))} {what} of {split}: {num_resamples} resamples, seed "
-        f"{seed}; shares from 0 to 1, distances in items and steps. A star: the 95% interval excludes 0."
+        f"{seed}; shares from 0 to 1, distances in items and steps, likelihoods in nats a token. A star: the 95% "
+        "interval excludes 0."
     )
     return [*markdown_table(["difference", *(f"{a} - {b}" for a, b in pairs)], rows), "", note]
 
 
-def shown_difference(interval: Interval | None) -> str:
+def shown_difference(interval: Interval | None, digits: int = 3) -> str:
     """`+0.078 [+0.046, +0.109] *`; empty where there is none, n/a where nothing was counted."""
     if interval is None:
         return ""
     if math.isnan(interval.mean):
         return NOT_AVAILABLE
-    mean, low, high = (number(value, 3, sign=True) for value in interval[:3])
+    mean, low, high = (number(value, digits, sign=True) for value in interval[:3])
     return f"{mean} [{low}, {high}]{' *' if interval.excludes_zero() else ''}"
 
 
