@@ -33,6 +33,7 @@ setup(
     packages=[
         "prism_pl",
         "prism_pl.ablations",
+        "prism_pl.benchmarks",
         "prism_pl.data",
         "prism_pl.discriminator",
         "prism_pl.health",

@@ -18,8 +18,19 @@ from lightning import LightningModule
 
 import prism_pl
 from prism_pl.batch import Example
+from prism_pl.benchmarks.judge import Asked, JudgeModel
+from prism_pl.chat import lenient_answer
 from prism_pl.drift_meter import DriftMeter, DriftRow, DriftSpec, build_embedder, drift_tables
-from prism_pl.evaluation import Judge, PromptRecord, gathered, keep_earlier, keep_images, write_json
+from prism_pl.evaluation import (
+    Judge,
+    KnowsRightAnswers,
+    PromptRecord,
+    after_judge,
+    gathered,
+    keep_earlier,
+    keep_images,
+    write_json,
+)
 from prism_pl.evaluation_tables import ALL_FAMILIES, Tables, make_tables
 from prism_pl.metrics.counting import DEFAULT_RULE, Rule, describe_rule
 from prism_pl.metrics.scene import KnowsScenes
@@ -36,7 +47,8 @@ class EvaluateModule(LightningModule):
     """Samples responses to the test prompts and measures them.
 
     Rows need answers. Where they hold a demonstration, it is the supervision to measure drift against; where the
-    datamodule knows the scenes (`prism_pl.metrics.scene`), captions and steps of both sides are checked.
+    datamodule knows the scenes (`prism_pl.metrics.scene`), captions and steps of both sides are checked; where it has a
+    rule for its answers (`KnowsRightAnswers`, as benchmarks have), that rule decides.
 
     Args:
         policy: which policy.
@@ -48,6 +60,7 @@ class EvaluateModule(LightningModule):
         rule: how descriptive items and reasoning steps are counted, see `prism_pl.metrics.counting`.
         num_resamples, bootstrap_seed: of the 95% intervals over prompts.
         num_images: of how many prompts a split the images are kept, in `images/`, for a report to show.
+        judge: looks at every answer after the rule and may turn its verdict either way; None leaves the rule's.
         drift: also measure likelihood of the supervision, distance of embeddings and a probe's AUC, see
             `prism_pl.drift_meter`; None leaves them out.
     """
@@ -66,6 +79,7 @@ class EvaluateModule(LightningModule):
         num_resamples: int = 2000,
         bootstrap_seed: int = 0,
         num_images: int = 32,
+        judge: JudgeModel | None = None,
         drift: DriftSpec | None = None,
     ) -> None:
         super().__init__()
@@ -86,6 +100,7 @@ class EvaluateModule(LightningModule):
         self.num_resamples = num_resamples
         self.bootstrap_seed = bootstrap_seed
         self.num_images = num_images
+        self.judge_model = judge
         self.drift = drift
         self.processor = policy.processor()
         self.policy: Any = None
@@ -125,7 +140,13 @@ class EvaluateModule(LightningModule):
     def on_test_start(self) -> None:
         # Evaluation runs under Lightning's own datamodule, or under plain data loaders, which know no scenes.
         datamodule: object = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        self.judge = Judge(self.rule, datamodule.scene_checker if isinstance(datamodule, KnowsScenes) else None)
+        self.judge = Judge(
+            self.rule,
+            datamodule.scene_checker if isinstance(datamodule, KnowsScenes) else None,
+            datamodule.is_right if isinstance(datamodule, KnowsRightAnswers) else None,
+        )
+        if self.judge_model is not None:
+            self.judge_model.check()
         self.records, self.drift_rows = [], []
         self.num_seen = Counter()
         if self.drift is not None:
@@ -136,10 +157,22 @@ class EvaluateModule(LightningModule):
         groups = generate_batch(self.engine, batch, self.num_samples, self.sampling, batch_idx)
         numbers = [self._number_in_split(example) for example in batch]
         records = [self._record(*each) for each in zip(batch, groups, numbers, strict=True)]
-        self.records += records
         if self.drift is not None:
             measured = [n for n, number in enumerate(numbers) if self._is_among(number, self.drift.num_prompts)]
             self._measure_drift([(batch[n], groups[n], records[n]) for n in measured])
+        self.records += records if self.judge_model is None else self._judged(self.judge_model, records, batch)
+
+    def _judged(
+        self, judge: JudgeModel, records: Sequence[PromptRecord], batch: Sequence[Example]
+    ) -> list[PromptRecord]:
+        """The records after the judge model, all of a batch's answers at once."""
+        asked = [
+            Asked(e.meta.get("asked", e.question), " or ".join(e.answers), lenient_answer(response["text"]))
+            for record, e in zip(records, batch, strict=True)
+            for response in record["policy"]
+        ]
+        verdicts = iter(judge(asked))
+        return [{**r, "policy": [after_judge(response, next(verdicts)) for response in r["policy"]]} for r in records]
 
     def _number_in_split(self, example: Example) -> int:
         """How many prompts of its split came before it on this rank."""
@@ -167,7 +200,9 @@ class EvaluateModule(LightningModule):
         supervision = None
         if example.response is not None:
             supervision = self.judge(example.response, example, len(self.processor.response_ids(example.response)))
+        in_unit = {key: example.meta[key] for key in ("unit", "part", "scores") if key in example.meta}
         return PromptRecord(
+            **in_unit,
             id=example.id,
             family=str(example.meta.get("family", "questions")),
             split=str(example.meta.get("split", "test")),
@@ -219,6 +254,7 @@ class EvaluateModule(LightningModule):
             "bootstrap_seed": self.bootstrap_seed,
             "drift": None if self.drift is None else asdict(self.drift),
             "comparisons_without_verdict": timeouts(),
+            "judge": self.judge_model and {"url": self.judge_model.url, "model": self.judge_model.model},
             "versions": {"prism_pl": prism_pl.__version__, **{package: version(package) for package in packages}},
         }
 

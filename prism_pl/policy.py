@@ -321,13 +321,14 @@ def set_dtype(config_file: Path, dtype: str) -> None:
 
 
 def save_processor(processor: Processor, folder: Path) -> None:
-    """Write the tokenizer and processor files. From a folder they are copied as they stand, so that an export's
-    processor is its source's to the byte; from a hub id they are saved anew."""
+    """Copy the tokenizer and processor files as they stand, from the source's folder or the hub's cache, so that an
+    export's processor is its source's to the byte and has all that other programs ask for (vLLM and transformers want
+    the one for videos too)."""
     source = Path(processor.source)
     if not source.is_dir():
-        processor.tokenizer.save_pretrained(folder)
-        processor.image_processor.save_pretrained(folder)
-        return
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(processor.source, allow_patterns=list(PROCESSOR_FILES)))
     for pattern in PROCESSOR_FILES:
         for file in source.glob(pattern):
             if file.name not in ("config.json", "generation_config.json", WEIGHT_INDEX):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prism_pl.report.benchmarks import benchmarks
 from prism_pl.report.comparisons import Pair, differences_table, named_pairs, side_by_side
 from prism_pl.report.cost import cost
 from prism_pl.report.difficulty import difficulty
@@ -64,6 +65,8 @@ def make_report(runs: Sequence[Run], options: Options, page: Path, made_by: str)
     pairs = _pairs(runs, options.pairs)
     title = " and ".join(run.name for run in runs)
     lines = [f"# Report: {title}", "", *_opening(runs), ""]
+    if averaged := benchmarks(evaluations, pairs, options.num_resamples, options.seed):
+        lines += ["## Benchmarks", "", *averaged, ""]
     for split in splits:
         lines += _results(figures, runs, split, pairs, options, drawn=split == splits[0])
     if not splits:

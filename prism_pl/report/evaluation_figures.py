@@ -53,9 +53,7 @@ def accuracy_figure(figures: Figures, runs: Sequence[Run], split: str) -> list[s
     return figures.save(figure, f"accuracy-{split}", f"Accuracy by question family, {split} prompts")
 
 
-def _interval(
-    axis: Any, entry: Mapping[str, Any], y: float, colour: str, marker: str = "o", factor: int = 100
-) -> Any:
+def _interval(axis: Any, entry: Mapping[str, Any], y: float, colour: str, marker: str = "o", factor: int = 100) -> Any:
     """A number with its interval, lying at height y; a share is shown in percent."""
     mean, low, high = (entry[key] * factor for key in ("mean", "low", "high"))
     if low == low:
@@ -167,8 +165,8 @@ def interval_panels(
     caption: str,
     columns: int = 3,
 ) -> list[str]:
-    """Numbers of every checkpoint with their intervals, a panel each, `columns` in a row, a colour a run where there are
-    several. Nothing where no checkpoint has any of them."""
+    """Numbers of every checkpoint with their intervals, a panel each, `columns` in a row, a colour a run where there
+    are several. Nothing where no checkpoint has any of them."""
     evaluated = [(run, n, e) for run in runs for n, e in run.evaluations.items() if split in e.tables]
     tables: dict[tuple[str, str], Table] = {(run.name, n): e.tables[split][ALL_FAMILIES] for run, n, e in evaluated}
     panels = {m: panel for m, panel in panels.items() if any(m in table for table in tables.values())}
