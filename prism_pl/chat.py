@@ -105,6 +105,17 @@ def segments(parsed: Parsed, experts: Sequence[str] = EXPERTS) -> dict[str, str]
     return {expert: texts[expert] for expert in experts}
 
 
+def block_spans(text: str) -> dict[str, tuple[int, int]]:
+    """Where the three blocks stand in a well-formed response, tags included, in characters. What stands before the
+    first block belongs to it, and what stands behind a block to that one, so that the spans are the whole text.
+    ValueError for a malformed response."""
+    reason = parse(text).reason
+    if reason:
+        raise ValueError(f"a malformed response has no blocks: {reason}")
+    bounds = [0, *(text.index(f"<{name}>") for name in BLOCKS[1:]), len(text)]
+    return {name: (start, stop) for name, start, stop in zip(BLOCKS, bounds, bounds[1:], strict=False)}
+
+
 def normalise(text: str) -> str:
     """Fold every run of white space into one space, keeping line breaks apart from spaces: a line break is structure
     (one item a line), so runs that hold one become one line break."""

@@ -172,6 +172,12 @@ class Processor:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         return [*ids, self.eos_id]
 
+    def response_starts(self, text: str) -> list[int]:
+        """For each token of `response_ids`, the character of the text that it begins at; of the end token the text's
+        length."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        return [*(start for start, _ in encoded.offset_mapping), len(text)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)

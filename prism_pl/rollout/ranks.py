@@ -23,7 +23,7 @@ class RankCheck:
         self.prints: list[tuple[int, float]] = []
         self.repeated = 0.0
         self.groups = [rank // size for rank in range(world_size())]
-        check_rank_seeds(_gathered((draws.seed, draws.rank)), self.groups)
+        check_rank_seeds(gathered((draws.seed, draws.rank)), self.groups)
 
     def remember(self, rollouts: Sequence[Rollout], sampling: Sampling) -> None:
         """Keep what the engine drew. A seeded call is asked for by its seed, and a greedy one draws nothing."""
@@ -33,7 +33,7 @@ class RankCheck:
     def check_draws(self) -> None:
         """ValueError where two engines drew the same."""
         if len(self.groups) > 1:
-            self.repeated = check_rank_draws(_gathered(self.prints), self.groups)
+            self.repeated = check_rank_draws(gathered(self.prints), self.groups)
 
     def metrics(self) -> dict[str, float]:
         """The share of the last draws that stood on another engine too."""
@@ -48,14 +48,14 @@ def on_first_rank(act: Callable[[], Any]) -> Any:
     """
     if not torch.distributed.is_initialized():
         return act()
-    _gathered(None)
+    gathered(None)
     value, error = None, None
     if torch.distributed.get_rank() == 0:
         try:
             value = act()
         except Exception as raised:
             error = raised
-    value, reason = _gathered((value, None if error is None else f"{type(error).__name__}: {error}"))[0]
+    value, reason = gathered((value, None if error is None else f"{type(error).__name__}: {error}"))[0]
     if error is not None:
         raise error
     if reason is not None:
@@ -63,7 +63,7 @@ def on_first_rank(act: Callable[[], Any]) -> Any:
     return value
 
 
-def _gathered(value: Any) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
     """A plain value of every rank, in order; of this one alone where nothing is distributed."""
     if not torch.distributed.is_initialized():
         return [value]
