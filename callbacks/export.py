@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class Exportable(Protocol):
-    """A module that can write its policy to a folder, whole or not at all."""
+    """A module that can write its policy to a folder, whole or not at all. All ranks call it, the first writes."""
 
     def export(self, folder: Path) -> None: ...
 
@@ -63,9 +63,8 @@ def _best(trainer: Trainer) -> tuple[str, float | None]:
 
 
 def _export(trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-    """Every rank comes here, so that a strategy that holds a share of the weights on each can gather them first."""
-    if trainer.is_global_zero:
-        folder = Path(trainer.default_root_dir) / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        cast(Exportable, pl_module).export(folder)
+    """Every rank comes here: a strategy may hold a share of the weights on each."""
+    folder = Path(trainer.default_root_dir) / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    cast(Exportable, pl_module).export(folder)
     trainer.strategy.barrier(name)

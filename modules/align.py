@@ -26,7 +26,7 @@ from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.lora import whole_parameters
 from prism_pl.losses import soft_clip
 from prism_pl.mismatch import MismatchCorrection
-from prism_pl.optim import Schedule, check_finite, clip_gradients, lr_scheduler
+from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.policy_loss import PolicyLoss, ReleasedGRPO
@@ -36,15 +36,16 @@ from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_trai
 from prism_pl.rollout_stage import (
     check_counts,
     check_max_norms,
+    check_ranks_per_group,
+    check_same_prompts,
     forget_logged,
     held_out_parts,
     held_out_rollouts,
     length_summary,
-    step_policy,
     trained_mask,
     warn_inert_kl,
 )
-from prism_pl.strategy import check_one_device, check_trainer, share, training_only
+from prism_pl.strategy import building, check_trainer, own_part, share, step_network, training_only, whole_groups
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
 
@@ -59,6 +60,7 @@ class AdversarialAlignModule(LightningModule):
         policy_optimizer, discriminator_optimizer: optimiser classes with their options.
         sampling: of the rollouts; the whole distribution, so top_p 1 and top_k 0.
         num_rollouts: G, rollouts a prompt.
+        ranks_per_group: how many neighbouring ranks share a group: 4 prompts x 16 on 8 ranks is 2, a batch_size of 1.
         advantage: `paper` mixes the experts' scores and then normalises over the group, `released` the other way round.
         alpha: weight of the perception expert.
         malformed_penalty: taken off the advantage of malformed responses (`released` only).
@@ -85,6 +87,7 @@ class AdversarialAlignModule(LightningModule):
         discriminator_optimizer: OptimizerCallable,
         sampling: Sampling,
         num_rollouts: int = 16,
+        ranks_per_group: int = 1,
         advantage: Literal["paper", "released"] = "paper",
         alpha: float = 0.5,
         malformed_penalty: float = 1.5,
@@ -109,6 +112,7 @@ class AdversarialAlignModule(LightningModule):
         self.save_hyperparameters()
         self.automatic_optimization = False
         check_training_sampling(sampling)
+        check_ranks_per_group(num_rollouts, ranks_per_group)
         steps = {"discriminator_every": discriminator_every, "discriminator_steps": discriminator_steps}
         check_counts({"num_rollouts": num_rollouts, **steps})
         check_max_norms({"max_grad_norm": max_grad_norm, "discriminator_max_grad_norm": discriminator_max_grad_norm})
@@ -116,7 +120,8 @@ class AdversarialAlignModule(LightningModule):
             raise ValueError(f"alpha is {alpha}: the weight of the perception expert, give 0 to 1")
         self.spec, self.freeze_patterns = policy, freeze
         self.build_discriminator = discriminator
-        self.rollout, self.sampling, self.num_rollouts = rollout, sampling, num_rollouts
+        self.rollout, self.sampling = rollout, sampling
+        self.ranks_per_group, self.num_rollouts = ranks_per_group, num_rollouts // ranks_per_group
         self.policy_optimizer, self.discriminator_optimizer = policy_optimizer, discriminator_optimizer
         self.advantage, self.alpha, self.malformed_penalty = advantage, alpha, malformed_penalty
         self.policy_loss = policy_loss or ReleasedGRPO()
@@ -142,17 +147,19 @@ class AdversarialAlignModule(LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        self.policy = build_policy(self.spec, self.freeze_patterns)
-        self.discriminator = self.build_discriminator()
+        with building(self, "policy"):
+            self.policy = build_policy(self.spec, self.freeze_patterns)
+        with building(self, "discriminator"):
+            self.discriminator = self.build_discriminator()
         if self.kl.coefficient > 0:
-            self.reference = build_policy(self.spec).eval().requires_grad_(False)
+            with building(self, "reference", frozen=True):
+                self.reference = build_policy(self.spec).eval().requires_grad_(False)
         self.collator = PromptCollator(
             self.processor, need_demonstration=True, discriminator_processor=self.discriminator.processor
         )
 
     def on_fit_start(self) -> None:
         check_trainer(self.trainer)
-        check_one_device(self.trainer)
         warn_inert_clip(self.policy_loss, num_updates=1)
         self._start_engine()
 
@@ -180,7 +187,8 @@ class AdversarialAlignModule(LightningModule):
         return self._output(batch, rollouts, scores, demonstration_scores, rewards_PG)
 
     def _sample(self, batch: PromptBatch) -> tuple[list[Rollout], SequenceBatch, Tensor]:
-        """G rollouts a prompt, the trainer's tensors of them, and the sampler's log-probabilities, (B, T)."""
+        """This rank's G / ranks_per_group rollouts a prompt, the trainer's tensors of them, and the sampler's log-probabilities, (B, T)."""
+        check_same_prompts(batch.ids, self.ranks_per_group, self.device)
         rollouts = self.rollout.generate(batch.examples, self.num_rollouts, self.sampling)
         made = rollout_batch(self.processor, batch.prompts, rollouts, self.num_rollouts)
         return rollouts, *self.transfer_batch_to_device(made, self.device, 0)
@@ -211,15 +219,18 @@ class AdversarialAlignModule(LightningModule):
             by_expert = {expert: scores_B - penalty_B for expert, scores_B in by_expert.items()}
             self.log("align/kl", kl_mean, batch_size=1, sync_dist=True)
         shape = (-1, self.num_rollouts)
-        scores_PG = {expert: scores_B.view(shape) for expert, scores_B in by_expert.items()}
-        valid_PG = scores.valid_B.view(shape)
+        ranks = self.ranks_per_group
+        own_PG = {expert: scores_B.view(shape) for expert, scores_B in by_expert.items()}
+        scores_PG = {expert: whole_groups(values_PG, ranks) for expert, values_PG in own_PG.items()}
+        valid_PG = whole_groups(scores.valid_B.view(shape), ranks)
         if self.advantage == "paper":
             advantages_PG, told = paper_advantages(scores_PG, valid_PG, self.alpha)
         else:
             advantages_PG, told = released_advantages(scores_PG, valid_PG, self.alpha, self.malformed_penalty)
-        self.log_dict({f"align/{k}": v.float() for k, v in told.items()}, batch_size=1, sync_dist=True, reduce_fx="sum")
-        rewards_PG = self.alpha * scores_PG[EXPERTS[0]] + (1 - self.alpha) * scores_PG[EXPERTS[1]]
-        return advantages_PG.flatten(), rewards_PG
+        told = {f"align/{k}": v.float() / ranks for k, v in told.items()}  # each rank of a group counts it
+        self.log_dict(told, batch_size=1, sync_dist=True, reduce_fx="sum")
+        rewards_PG = self.alpha * own_PG[EXPERTS[0]] + (1 - self.alpha) * own_PG[EXPERTS[1]]
+        return own_part(advantages_PG, ranks).flatten(), rewards_PG
 
     def _policy_backward(
         self,
@@ -257,10 +268,9 @@ class AdversarialAlignModule(LightningModule):
                 loss = self._discriminator_loss(batch, rollouts)
                 check_finite(loss, "align/discriminator_loss", batch.ids)
                 self.manual_backward(loss)
-                norm = clip_gradients(self.discriminator.parameters(), self.discriminator_max_grad_norm)
-                check_finite(norm, "the discriminator's gradient norm", batch.ids)
-                optimizer.step()
-                optimizer.zero_grad()
+                norm = step_network(
+                    self, "discriminator", optimizer, self.discriminator_max_grad_norm, batch.ids
+                )
         self.log("align/discriminator_loss", loss.detach(), batch_size=1, sync_dist=True)
         self.log("align/grad_norm/discriminator", norm, batch_size=1)
 
@@ -270,8 +280,10 @@ class AdversarialAlignModule(LightningModule):
 
     def _policy_step(self, batch: PromptBatch) -> None:
         optimizer: Any = self.optimizers()[0]  # type: ignore[index]
+        norm = step_network(self, "policy", optimizer, self.max_grad_norm, batch.ids)
         schedulers: Any = self.lr_schedulers()
-        norm = step_policy(self.policy.parameters(), optimizer, schedulers, self.max_grad_norm, batch.ids)
+        for scheduler in schedulers:
+            scheduler.step()
         self.log("align/grad_norm/policy", norm, batch_size=1)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:

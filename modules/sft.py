@@ -21,7 +21,7 @@ from prism_pl.losses import masked_nll
 from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.processor import Processor
-from prism_pl.strategy import check_trainer, share
+from prism_pl.strategy import building, check_trainer, share
 
 
 class SFTCollator:
@@ -92,7 +92,8 @@ class SFTModule(LightningModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
-            self.policy = build_policy(self.spec, self.freeze_patterns)
+            with building(self, "policy"):
+                self.policy = build_policy(self.spec, self.freeze_patterns)
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """The summed negative log-likelihood of the response tokens, in nats."""

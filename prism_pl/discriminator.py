@@ -34,6 +34,7 @@ from prism_pl.policy import (
 )
 from prism_pl.processor import Processor, Prompt
 from prism_pl.segments import SegmentBatch, segment_batch
+from prism_pl.strategy.sharding import gathered_state, is_first_rank
 
 SETTINGS = "discriminator.json"
 HEADS = "heads.safetensors"
@@ -118,10 +119,12 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
     parts: list[RowScores] = []
     for rows, piece in micro_batches(batch.sequences, micro_batch_tokens):
         expert_N = batch.expert_N[rows]
+        expert_N = expert_N if len(rows) else batch.expert_N[:1]
         if len(rows) < len(batch.expert_N) and torch.is_grad_enabled():
-            parts.append(RowScores(*checkpoint(discriminator, piece, expert_N, use_reentrant=False)))
+            part = RowScores(*checkpoint(discriminator, piece, expert_N, use_reentrant=False))
         else:
-            parts.append(discriminator(piece, expert_N))
+            part = discriminator(piece, expert_N)
+        parts.append(part._replace(scores_N=part.scores_N[: len(rows)]))
         order.append(rows)
     share = torch.tensor([len(part.scores_N) / len(batch.expert_N) for part in parts])
 
@@ -176,6 +179,14 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(was_training)
+
+
+class Head(nn.Linear):
+    """In float32 also under bf16 autocast and on bf16 weights: bf16 keeps 8 bits, too few to rank near-equal scores."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.linear(input.float(), self.weight.float())
 
 
 class TwoHeadDiscriminator(Discriminator):
@@ -233,7 +244,7 @@ class TwoHeadDiscriminator(Discriminator):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.dropout = nn.Dropout(dropout)
         hidden = self.model.config.text_config.hidden_size
-        heads = {expert: nn.Linear(hidden, 1, bias=False) for expert in self.experts}
+        heads = {expert: Head(hidden, 1, bias=False) for expert in self.experts}
         self.heads = nn.ModuleDict(heads)
         if init_heads:
             # Hidden states leave the last norm with entries near 1, so scores start near 0.1 in size: the first gaps
@@ -249,9 +260,7 @@ class TwoHeadDiscriminator(Discriminator):
         hidden_NSH = hidden_states(self.model, sequences)
         rows = torch.arange(len(sequences), device=hidden_NSH.device)
         last_NH = hidden_NSH[rows, sequences.lengths_B - 1]
-        # In float32 also under bf16 autocast: bf16 keeps 8 bits, too few to rank near-equal scores.
-        with torch.autocast(last_NH.device.type, enabled=False):
-            by_head = [self.heads[expert](self.dropout(last_NH.float())) for expert in self.experts]
+        by_head = [self.heads[expert](self.dropout(last_NH)) for expert in self.experts]
         scores_N = torch.cat(by_head, dim=1).gather(1, expert_N[:, None]).squeeze(1)
         diagnostics = {}
         if self.likelihood_weight:
@@ -262,27 +271,26 @@ class TwoHeadDiscriminator(Discriminator):
 
     def _mean_logps(self, hidden_NSH: Tensor, sequences: SequenceBatch) -> Tensor:
         """Mean log-likelihood (nats a token) of each segment, so that length alone is worth nothing."""
-        embeddings = self.model.get_input_embeddings()
         mask_NT = sequences.mask_BT
         # In float32 also under bf16 autocast, as the heads: a false word among forty moves the mean by little.
         with torch.autocast(hidden_NSH.device.type, enabled=False):
-            stats = response_logps(
-                hidden_NSH, sequences, lambda hidden: nn.functional.linear(hidden.float(), embeddings.weight.float())
-            )
+            stats = response_logps(hidden_NSH.float(), sequences, self.model.get_input_embeddings())
         return stats.logps_BT.sum(-1) / mask_NT.sum(-1)
 
     def save(self, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
-        """Write backbone and heads (safetensors), settings, tokenizer and processor; a kill leaves no half folder."""
+        """Write backbone and heads (safetensors), settings, tokenizer and processor; a kill leaves no half folder.
+        Every rank comes here, and the first writes."""
         from safetensors.torch import save_file
 
+        weights = gathered_state(self.model.state_dict(keep_vars=True), getattr(torch, dtype))
+        # Heads are a few numbers: they keep float32.
+        heads = gathered_state(self.heads.state_dict(keep_vars=True), torch.float32)
+        if not is_first_rank():
+            return
         temporary = fresh_temporary(folder)
-        kind = getattr(torch, dtype)
-        weights = {name: tensor.detach().to(kind) for name, tensor in self.model.state_dict().items()}
         self.model.save_pretrained(temporary, state_dict=weights)
         set_dtype(temporary / "config.json", dtype)
-        # Heads are a few numbers: they keep float32.
-        heads = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.heads.state_dict().items()}
-        save_file(heads, temporary / HEADS)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in heads.items()}, temporary / HEADS)
         settings: dict[str, Any] = {"experts": list(self.experts), "max_segment_tokens": self.max_segment_tokens}
         settings["likelihood_weight"] = self.likelihood_weight
         (temporary / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prism_pl.batch import SequenceBatch
 from prism_pl.policy import hidden_states
+from prism_pl.strategy.sharding import inside
 
 
 class TokenStats(NamedTuple):
@@ -37,33 +38,46 @@ def token_logps(
         policy: a causal language model with a Qwen3-VL backbone `.model` and a head `.lm_head`.
         chunk_tokens: response tokens whose logits exist at once.
     """
-    return response_logps(
-        hidden_states(policy.model, batch),
-        batch,
-        policy.lm_head,
-        temperature=temperature,
-        banned_ids=banned_ids,
-        chunk_tokens=chunk_tokens,
-    )
+
+    def forward() -> TokenStats:
+        return response_logps(
+            hidden_states(policy.model, batch),
+            batch,
+            policy.lm_head,
+            temperature=temperature,
+            banned_ids=banned_ids,
+            chunk_tokens=chunk_tokens,
+        )
+
+    return inside(policy, forward)
 
 
 def response_logps(
     hidden_BSH: Tensor,
     batch: SequenceBatch,
-    lm_head: Callable[[Tensor], Tensor],
+    lm_head: nn.Module,
     *,
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
     chunk_tokens: int = 2048,
 ) -> TokenStats:
-    """`token_logps` from last hidden states that are there already; `lm_head` makes (N, V) logits from (N, hidden)."""
+    """`token_logps` from last hidden states that are there already, by the (V, hidden) weight of `lm_head`: a linear
+    layer without bias, or embeddings. Logits have the hidden states' dtype."""
     before_BT = (batch.response_index_BT - 1).clamp_min(0)
     rows, _ = batch.mask_BT.nonzero(as_tuple=True)
     hidden_NH = hidden_BSH[rows, before_BT[batch.mask_BT]]
     targets_N = batch.response_ids_BT[batch.mask_BT]
-    logps_N, entropy_N = chunked_logps(
-        hidden_NH, lm_head, targets_N, temperature=temperature, banned_ids=banned_ids, chunk_tokens=chunk_tokens
-    )
+
+    def logits(hidden_NH: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_NH, lm_head.weight.to(hidden_NH.dtype))
+
+    def chunks(hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+        return chunked_logps(
+            hidden_NH, logits, targets_N, temperature=temperature, banned_ids=banned_ids, chunk_tokens=chunk_tokens
+        )
+
+    # One call of the layer, however many chunks this rank has.
+    logps_N, entropy_N = inside(lm_head, chunks, hidden_NH)
     blank_BT = torch.zeros(batch.mask_BT.shape, dtype=logps_N.dtype, device=logps_N.device)
     return TokenStats(
         blank_BT.masked_scatter(batch.mask_BT, logps_N), blank_BT.masked_scatter(batch.mask_BT, entropy_N)

@@ -8,7 +8,7 @@ import torch
 from prism_pl.rollout.contract import check_rank_draws, check_rank_seeds, draw_prints
 from prism_pl.rollout.draws import Draws
 from prism_pl.rollout.engine import Rollout, Sampling
-from prism_pl.strategy import world_size
+from prism_pl.strategy import global_max, global_min, world_size
 
 
 class RankCheck:
@@ -38,6 +38,17 @@ class RankCheck:
     def metrics(self) -> dict[str, float]:
         """The share of the last draws that stood on another engine too."""
         return {"rollout/repeated_draws": self.repeated} if len(self.groups) > 1 else {}
+
+
+def check_same_number(num_rows: int, device: torch.device) -> None:
+    """ValueError where ranks are asked for different numbers of rollouts. A policy sharded over them decodes for all at
+    once, and would wait forever."""
+    number = torch.tensor(num_rows, device=device)
+    if int(global_max(number)) != int(global_min(number)):
+        raise ValueError(
+            f"one rank is asked for {num_rows} rollouts, another for a different number: at ZeRO-3 this engine needs as "
+            "many on each. Set the policy's stage to 2, or take another engine"
+        )
 
 
 def on_first_rank(act: Callable[[], Any]) -> Any:

@@ -1,0 +1,183 @@
+"""What `tests.ranks` trains: each stage for a few steps on replayed rollouts, the same data however many ranks there are.
+
+Rank r of R has rows r, r + R, ... of each step's batch. Over a run come a row without an image, which only one of two
+ranks has in its step, ranks with longer responses than others, and a step in which all of one rank's rollouts are
+malformed.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from modules.align import AdversarialAlignModule
+from modules.rlvr import RLVRModule
+from modules.sft import SFTModule
+from modules.warmup import DiscriminatorModule
+from prism_pl.chat import render
+from prism_pl.discriminator import TwoHeadDiscriminator
+from prism_pl.policy import PolicySpec
+from prism_pl.policy_loss import GRPO
+from prism_pl.rollout import TransformersEngine
+from prism_pl.rollout.engine import Sampling
+from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, gathered
+from prism_pl.strategy.folder_checkpoint import only_tensors  # noqa: F401
+from tests.conftest import make_examples
+from tests.stubs import MALFORMED, RIGHT, WRONG, Record, ScriptedEngine
+
+ROOT = Path(__file__).parent.parent
+POLICY, DISCRIMINATOR = str(ROOT / "assets/sft"), str(ROOT / "assets/discriminator")
+LONG = render("- red 3 at top left\n- blue 7 at centre", "1. 3 + 7 = 10\n2. so it is 10", "10")
+# Eight rollouts a step: four of each of two prompts.
+SCRIPT = [
+    *(RIGHT, WRONG, MALFORMED, LONG, WRONG, RIGHT, WRONG, WRONG),
+    *(LONG, WRONG, RIGHT, RIGHT, MALFORMED, MALFORMED, MALFORMED, MALFORMED),
+    *(WRONG, WRONG, LONG, RIGHT, RIGHT, WRONG, MALFORMED, LONG),
+]
+NUM_STEPS = 3
+OPTIMIZERS = {"SGD": partial(torch.optim.SGD, lr=0.05), "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)}
+
+
+class Steps(L.LightningDataModule):
+    """`per_step` rows a step, this rank's share of them; in order, a fixed number of steps."""
+
+    def __init__(self, per_step: int, rank: int, num_ranks: int, shared: bool) -> None:
+        super().__init__()
+        rows = make_examples(per_step * NUM_STEPS)
+        rows[-1] = replace(rows[-1], images=[])
+        self.rows = rows if shared else rows[rank::num_ranks]
+        self.batch_size = per_step if shared else per_step // num_ranks
+
+    def train_dataloader(self):
+        return DataLoader(self.rows, batch_size=self.batch_size, collate_fn=self.trainer.lightning_module.collator)
+
+
+class Keep(Callback):
+    """The whole weights of the trained networks, once training is done."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_end(self, trainer, pl_module):
+        for name in self.names:
+            for key, parameter in getattr(pl_module, name).named_parameters():
+                with gathered([parameter]):
+                    self.weights[f"{name}.{key}"] = parameter.detach().float().clone()
+
+
+def strategy_of(kind: Any, engines: dict[str, Any] | None, **options: Any) -> Any:
+    """`auto`, `ddp_find_unused_parameters_true`, or the ZeRO stage of all engines."""
+    if isinstance(kind, str):
+        return kind
+    chosen = {name: EngineOptions(**each) for name, each in (engines or {}).items()}
+    return MultiEngineDeepSpeedStrategy(stage=kind, engines=chosen, **options)
+
+
+def train(
+    rank: int,
+    num_ranks: int,
+    folder: Path,
+    stage: str = "align",
+    strategy: Any = "auto",
+    engines: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    optimizer: str = "SGD",
+    precision: str = "32-true",
+    shared_group: bool = False,
+    sampled: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Train a stage, and leave `told.pt`: what each step logged, and the weights at the end."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    per_step = 1 if shared_group else 2
+    script = SCRIPT if not shared_group else SCRIPT[:4] + SCRIPT[8:12] + SCRIPT[16:20]
+    size = 4 * per_step
+    share = size // num_ranks
+    mine = [script[s * size + rank * share + i] for s in range(NUM_STEPS) for i in range(share)]
+    engine = TransformersEngine() if sampled else ScriptedEngine(mine)
+    ranks_per_group = num_ranks if shared_group else 1
+    module, names = STAGES[stage](engine, OPTIMIZERS[optimizer], ranks_per_group, extra or {})
+    record, keep = Record(), Keep(*names)
+    torch.manual_seed(1)
+    trainer = L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=num_ranks,
+        strategy=strategy_of(strategy, engines, **(options or {})),
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=NUM_STEPS,
+        max_epochs=1,
+        gradient_clip_val=0.5 if module.automatic_optimization else None,
+        callbacks=[record, keep],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, Steps(per_step, rank, num_ranks, shared_group))
+    module.export(folder / "export")
+    if rank == 0:
+        steps = [{key: value for key, value in step.items() if "time/" not in key} for step in record.steps]
+        torch.save({"steps": steps, "weights": keep.weights}, folder / "told.pt")
+
+
+def _align(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+    settings: dict[str, Any] = {
+        "num_rollouts": 4,
+        "ranks_per_group": ranks_per_group,
+        "micro_batch_tokens": 300,
+        "chunk_tokens": 16,
+        "max_grad_norm": 0.5,
+        "discriminator_max_grad_norm": 0.5,
+        "schedule": "linear",
+        "warmup": 1,
+    }
+    discriminator = partial(TwoHeadDiscriminator, DISCRIMINATOR, dropout=0.0)
+    sampling = Sampling(max_tokens=60)
+    module = AdversarialAlignModule(
+        PolicySpec(POLICY), discriminator, engine, optimizer, optimizer, sampling, **(settings | extra)
+    )
+    return module, ("policy", "discriminator")
+
+
+def _rlvr(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+    settings: dict[str, Any] = {
+        "num_rollouts": 4,
+        "ranks_per_group": ranks_per_group,
+        "policy_loss": GRPO(),
+        "micro_batch_tokens": 300,
+        "chunk_tokens": 16,
+        "max_grad_norm": 0.5,
+        "schedule": "linear",
+        "warmup": 1,
+    }
+    sampling = Sampling(max_tokens=60)
+    return RLVRModule(PolicySpec(POLICY), engine, optimizer, sampling, **(settings | extra)), ("policy",)
+
+
+def _sft(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+    settings: dict[str, Any] = {"micro_batch_tokens": 150, "chunk_tokens": 16, "schedule": "linear", "freeze": ()}
+    return SFTModule(PolicySpec(POLICY), optimizer, **(settings | extra)), ("policy",)
+
+
+def _warmup(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+    settings: dict[str, Any] = {"num_rollouts": 4, "micro_batch_tokens": 300, "ceiling": None, "schedule": "linear"}
+    discriminator = partial(TwoHeadDiscriminator, DISCRIMINATOR, dropout=0.0)
+    sampling = Sampling(max_tokens=60)
+    module = DiscriminatorModule(
+        PolicySpec(POLICY), discriminator, engine, optimizer, sampling, **(settings | extra)
+    )
+    return module, ("discriminator",)
+
+
+STAGES = {"align": _align, "rlvr": _rlvr, "sft": _sft, "warmup": _warmup}

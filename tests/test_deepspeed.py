@@ -1,0 +1,114 @@
+"""Two processes under DeepSpeed train what one process trains: every stage of ZeRO, alone and mixed, and DDP."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import Ranks
+
+pytest.importorskip("deepspeed")
+
+LOSSES = ("policy_loss", "discriminator_loss", "loss", "grad_norm/policy", "grad_norm/discriminator", "grad_norm")
+COUNTS = ("malformed", "num_malformed", "num_all_malformed_groups", "num_zero_std_groups", "zero_std_groups", "pairs")
+MIXED = {"policy": {"stage": 3}, "discriminator": {"stage": 1}}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks, tmp_path_factory):
+    """What one process tells of the same training; made once."""
+    told = {}
+
+    def of(**options):
+        key = repr(sorted(options.items()))
+        if key not in told:
+            told[key] = ranks(tmp_path_factory.mktemp("one"), 1, **options)
+        return told[key]
+
+    return of
+
+
+def assert_same_training(told, expected, losses: float, weights: float) -> None:
+    assert len(told["steps"]) == len(expected["steps"]) == 3
+    for step, wanted in zip(told["steps"], expected["steps"], strict=True):
+        assert step.keys() == wanted.keys()
+        compared = [key for key in wanted if key.partition("/")[2] in LOSSES]
+        assert compared
+        for key in compared:
+            assert step[key] == pytest.approx(wanted[key], rel=losses, abs=losses), key
+        for key in (key for key in wanted if key.partition("/")[2] in COUNTS):
+            assert step[key] == pytest.approx(wanted[key], nan_ok=True), key
+    assert told["weights"].keys() == expected["weights"].keys()
+    for name, wanted in expected["weights"].items():
+        assert torch.allclose(told["weights"][name], wanted, rtol=0, atol=weights), name
+
+
+def tolerances(optimizer: str) -> dict[str, float]:
+    # Adam divides by the gradient's size: where a gradient is all rounding, its step is too.
+    return {"losses": 1e-5, "weights": 1e-5 if optimizer == "SGD" else 1e-4}
+
+
+def test_mixed_stages_train_what_one_process_trains(ranks, one_process, tmp_path):
+    # Token budgets that cut ranks into different numbers of micro-batches, clipping, schedules, a row without an image
+    # on one rank, and a step with nothing but malformed rollouts on one rank.
+    told = ranks(tmp_path, 2, strategy=2, engines=MIXED)
+    expected = one_process()
+    assert_same_training(told, expected, **tolerances("SGD"))
+    # Both players moved, by more than the tolerance.
+    for name in ("policy", "discriminator"):
+        moved = [w for key, w in told["weights"].items() if key.startswith(name)]
+        assert moved
+    assert_exported(tmp_path, told["weights"])
+
+
+def assert_exported(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Whole weights, gathered from their shards, and nothing else."""
+    policy = load_file(folder / "export" / "model.safetensors")
+    names = {key.removeprefix("policy."): value for key, value in weights.items() if key.startswith("policy.")}
+    for name, value in policy.items():
+        assert torch.equal(value, names[name].bfloat16()), name
+    heads = load_file(folder / "export-discriminator" / "heads.safetensors")
+    for name, value in heads.items():
+        assert torch.equal(value, weights[f"discriminator.heads.{name}"]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, "mixed", "ddp_find_unused_parameters_true"])
+def test_every_stage_trains_what_one_process_trains(ranks, one_process, tmp_path, stage, optimizer):
+    chosen = {"strategy": 2, "engines": MIXED} if stage == "mixed" else {"strategy": stage}
+    told = ranks(tmp_path, 2, optimizer=optimizer, **chosen)
+    assert_same_training(told, one_process(optimizer=optimizer), **tolerances(optimizer))
+    assert_exported(tmp_path, told["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["sft", "warmup", "rlvr"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_other_stages_have_one_engine_and_train_alike(ranks, one_process, tmp_path, module, stage):
+    told = ranks(tmp_path, 2, stage=module, strategy=stage)
+    assert_same_training(told, one_process(stage=module), **tolerances("SGD"))
+
+
+@pytest.mark.parametrize(
+    ("module", "stage"),
+    [("align", 2), *(pytest.param("rlvr", stage, marks=pytest.mark.slow) for stage in (0, 1, 2, 3))],
+)
+def test_a_group_on_two_ranks_is_the_group_of_one_process(ranks, one_process, tmp_path, module, stage):
+    told = ranks(tmp_path, 2, stage=module, strategy=stage, shared_group=True)
+    assert_same_training(told, one_process(stage=module, shared_group=True), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_steps_on_float32_master_weights(ranks, one_process, tmp_path, stage):
+    told = ranks(tmp_path, 2, strategy=stage, precision="bf16-mixed", optimizer="AdamW")
+    assert_same_training(told, one_process(optimizer="AdamW"), losses=3e-2, weights=1e-2)
