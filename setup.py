@@ -34,6 +34,7 @@ setup(
     package_dir={"": "."},
     packages=[
         "prism_pl",
+        "prism_pl.discriminator",
         "prism_pl.metrics",
         "prism_pl.pipeline",
         "prism_pl.report",

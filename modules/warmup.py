@@ -36,7 +36,7 @@ class DiscriminatorModule(LightningModule):
 
     Args:
         policy: the SFT policy, frozen here, that samples the rejected side; rows with a `rejected` need no rollout.
-        discriminator: which one, e.g. `TwoHeadDiscriminator` with `init_heads: true` on a policy's backbone.
+        discriminator: which one, e.g. `DedicatedMoEDiscriminator` with `init_heads: true` on a policy's backbone.
         rollout: the engine that samples.
         optimizer: an optimiser class with its options.
         sampling: as in the alignment stage, so that the discriminator meets what it will judge there.

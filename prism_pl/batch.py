@@ -6,7 +6,6 @@ T response tokens, I images, N patches, V vocabulary. A suffix names a tensor's 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +60,7 @@ class SequenceBatch:
         image_of: for each image placeholder run, in batch order, which of the I images fills it; images shared by
             several rollouts of a prompt stand once.
         images_per_row: image placeholder runs of each sequence.
+        prompt_of_B: sequences with equal numbers have the same prompt.
         ids: the examples' ids, for messages.
     """
 
@@ -73,6 +73,7 @@ class SequenceBatch:
     grids_I3: Tensor
     image_of: Tensor
     images_per_row: list[int]
+    prompt_of_B: Tensor
     ids: list[str]
 
     def __len__(self) -> int:
@@ -114,17 +115,16 @@ class SequenceBatch:
             grids_I3=self.grids_I3[used],
             image_of=image_of,
             images_per_row=[self.images_per_row[row] for row in rows.tolist()],
+            prompt_of_B=self.prompt_of_B[rows],
             ids=[self.ids[row] for row in rows.tolist()],
         )
 
     def groups(self) -> list[list[int]]:
-        """Rows that follow each other and look at the same images; rows without an image stand alone."""
-        runs = self._image_runs()
-        image_of = self.image_of.tolist()
-        seen = [image_of[start:stop] for start, stop in pairwise(runs)]
+        """Rows that follow each other and have the same prompt."""
+        prompts = self.prompt_of_B.tolist()
         groups: list[list[int]] = []
-        for row, images in enumerate(seen):
-            if groups and images and images == seen[row - 1]:
+        for row, prompt in enumerate(prompts):
+            if groups and prompt == prompts[row - 1]:
                 groups[-1].append(row)
             else:
                 groups.append([row])
@@ -143,7 +143,7 @@ def micro_batches(batch: SequenceBatch, max_tokens: int | None) -> Iterator[tupl
     splits them further, and where it has not as many rows, a piece comes with no indices and a row that does not count.
 
     Groups of like length stand together, longest first: less padding, and the piece that needs the most memory comes
-    before memory is in pieces. A group (neighbours over the same images, such as a prompt's rollouts) is not scattered:
+    before memory is in pieces. A group (neighbours over the same prompt, such as its rollouts) is not scattered:
     every piece encodes its images anew.
     """
     if max_tokens is not None and max_tokens < 1:

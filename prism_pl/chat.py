@@ -6,6 +6,7 @@ of the release's prompt). This file is the only place that knows the format.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SYSTEM_PROMPT = """You are a careful scientific assistant. Look at the image, then answer the user's question about it.
@@ -22,6 +23,7 @@ the final answer only
 
 BLOCKS = ("caption", "think", "answer")
 EXPERTS = ("perception", "reasoning")
+WHOLE = ("response",)  # the only segment of a discriminator that reads the whole response, GAD's (arXiv 2511.10643)
 
 _TAG = re.compile(r"</?(?:caption|think|answer)>")
 _RESPONSE = re.compile(r"\s*<caption>(.*)</caption>\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
@@ -83,17 +85,23 @@ def _malformed_reason(text: str) -> str:
     return "" if found == expected else "the blocks are out of order"
 
 
-def segments(parsed: Parsed) -> dict[str, str]:
+def segments(parsed: Parsed, experts: Sequence[str] = EXPERTS) -> dict[str, str]:
     """The text each expert reads, tags included and white space normalised, so that neither the sampled tokenisation
     nor the white space between blocks can tell a rollout from a demonstration. Malformed responses have no segments:
-    ValueError."""
+    ValueError.
+
+    Args:
+        experts: of `EXPERTS` and `WHOLE`.
+    """
     if not parsed.valid:
         raise ValueError(f"a malformed response has no segments: {parsed.reason}")
     blocks = (
         f"<{n}> {p} </{n}>" for n, p in zip(BLOCKS, (parsed.caption, parsed.reasoning, parsed.answer), strict=True)
     )
     caption, think, answer = (normalise(block) for block in blocks)
-    return {"perception": caption, "reasoning": f"{think}\n{answer}"}
+    reasoning = f"{think}\n{answer}"
+    texts = {"perception": caption, "reasoning": reasoning, "response": f"{caption}\n{reasoning}"}
+    return {expert: texts[expert] for expert in experts}
 
 
 def normalise(text: str) -> str:

@@ -62,7 +62,8 @@ class LastCheckpoint(Checkpoint):
         if not self._due(trainer):
             return
         loop = trainer.fit_loop
-        # Lightning passes over a validation that was due when a checkpoint was taken: taken after it, it counts.
+        # Lightning passes over a validation that was due when a checkpoint was taken: taken after it, it counts. (Taken
+        # in on_train_epoch_end, a run goes on with other batches: an epoch's last batch is no exception.)
         self._due_after_validation = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # pyright: ignore[reportArgumentType]
         if not self._due_after_validation:
             self._take(trainer)

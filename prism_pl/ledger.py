@@ -40,7 +40,8 @@ moment. Light: no heavy imports. The format, with `null` where something is not 
     fit        {"step": 30, "metrics": {"align/val_accuracy": 0.61, ...}}     the last value of every logged scalar;
                with a difficulty filter "kept" too, the number of prompts
     test       {"name": "align", "tables": {split: {metric: {"mean", "low", "high"}}}}      over all families
-    predict    {"prompts": 1280, "mean_pass_rate": 0.55, "kept": 610, "none_right": 200, "all_right": 470}
+    predict    {"prompts": 1280, "mean_pass_rate": 0.55, "none_right": 200, "all_right": 470, "keep": [0.2, 0.8],
+               "kept": 610}                                                    by the bounds of the stage that reads it
     others     {}
 
 Hashes: of a file its content's; of a folder the names and contents of all files in it. Data folders from outside, which
@@ -232,16 +233,3 @@ def locked(folder: Path) -> Iterator[int]:
         handle.write(f"{os.getpid()}\n")
         handle.flush()
         yield handle.fileno()
-
-
-def free_folder(folder: Path) -> Path:
-    """`folder` where it is free, else the first free of `folder-2`, `folder-3`, ..."""
-    chosen, number = folder, 2
-    while not is_free(chosen):
-        chosen, number = folder.with_name(f"{folder.name}-{number}"), number + 1
-    return chosen
-
-
-def is_free(folder: Path) -> bool:
-    """Whether a folder is new, or empty but for the lock of a pipeline that did not begin."""
-    return not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))

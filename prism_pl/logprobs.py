@@ -61,27 +61,33 @@ def response_logps(
     banned_ids: Sequence[int] = (),
     chunk_tokens: int = 2048,
 ) -> TokenStats:
-    """`token_logps` from last hidden states that are there already, by the (V, hidden) weight of `lm_head`: a linear
-    layer without bias, or embeddings. Logits have the hidden states' dtype."""
+    """`token_logps` from last hidden states that are there already, see `head_logps`."""
     before_BT = (batch.response_index_BT - 1).clamp_min(0)
     rows, _ = batch.mask_BT.nonzero(as_tuple=True)
     hidden_NH = hidden_BSH[rows, before_BT[batch.mask_BT]]
     targets_N = batch.response_ids_BT[batch.mask_BT]
-
-    def logits(hidden_NH: Tensor) -> Tensor:
-        return nn.functional.linear(hidden_NH, lm_head.weight.to(hidden_NH.dtype))
-
-    def chunks(hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
-        return chunked_logps(
-            hidden_NH, logits, targets_N, temperature=temperature, banned_ids=banned_ids, chunk_tokens=chunk_tokens
-        )
-
-    # One call of the layer, however many chunks this rank has.
-    logps_N, entropy_N = inside(lm_head, chunks, hidden_NH)
+    logps_N, entropy_N = head_logps(
+        hidden_NH, lm_head, targets_N, temperature=temperature, banned_ids=banned_ids, chunk_tokens=chunk_tokens
+    )
     blank_BT = torch.zeros(batch.mask_BT.shape, dtype=logps_N.dtype, device=logps_N.device)
     return TokenStats(
         blank_BT.masked_scatter(batch.mask_BT, logps_N), blank_BT.masked_scatter(batch.mask_BT, entropy_N)
     )
+
+
+def head_logps(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`chunked_logps` by the (V, hidden) weight of a layer, in the hidden states' dtype. It is one call of the layer,
+    however many chunks this rank has (`prism_pl.strategy.inside`).
+
+    Args:
+        head: a linear layer without bias, or embeddings.
+        options: those of `chunked_logps`.
+    """
+
+    def logits(hidden_NH: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_NH, head.weight.to(hidden_NH.dtype))
+
+    return inside(head, lambda hidden_NH: chunked_logps(hidden_NH, logits, targets_N, **options), hidden_NH)
 
 
 def chunked_logps(

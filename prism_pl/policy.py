@@ -47,11 +47,12 @@ class PolicySpec:
         return Processor.from_path(self.path, self.max_pixels)
 
 
-def check_policy_path(path: str, key: str = "policy.path") -> None:
+def check_policy_path(path: str, key: str = "policy.path", model_types: Sequence[str] = ("qwen3_vl",)) -> None:
     """Refuse what is no vision-language model, before anything heavy is loaded. ValueError or FileNotFoundError.
 
     Args:
         key: what the message calls the path.
+        model_types: what its configuration may say.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -70,7 +71,7 @@ def check_policy_path(path: str, key: str = "policy.path") -> None:
         model_type = json.loads(config_file.read_text()).get("model_type")
     except json.JSONDecodeError as error:
         raise ValueError(f"{config_file} is no JSON ({error}): export or download the model anew") from None
-    if model_type != "qwen3_vl":
+    if model_type not in model_types:
         raise ValueError(
             f"{key} {path!r} is a {model_type!r} model, not a vision-language model of the family qwen3_vl"
         )
@@ -120,7 +121,7 @@ def build_policy(spec: PolicySpec, freeze: Sequence[str] = ()) -> Any:
 
 
 def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
-    """`kind.from_pretrained` that accepts safetensors only and no missing weight. Both are a ValueError."""
+    """`kind.from_pretrained` that accepts safetensors only, no missing weight and none of another shape. ValueError."""
     folder = Path(path)
     if folder.is_dir():
         _check_weight_files(path, list(folder.glob("model*.safetensors")))
@@ -131,10 +132,16 @@ def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused here, by a message that names them
     )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{path!r} lacks {len(missing)} weights of its own config, e.g. {missing[0]!r}")
+    for name, held, wanted in info["mismatched_keys"]:
+        raise ValueError(
+            f"{path!r} holds {name!r} of the shape {tuple(held)}, and its own config wants {tuple(wanted)}: export or "
+            "download it anew"
+        )
     return model
 
 
@@ -258,17 +265,21 @@ def no_image(model: Any) -> Tensor:
 
 def image_tokens(model: Any, batch: SequenceBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Where the visual tokens stand, their features, and the features of the deepstack layers, in batch order."""
+    visual_BS = batch.input_ids_BS == model.config.image_token_id
+    return visual_BS, *image_features(model, batch, batch.image_of.tolist())
+
+
+def image_features(model: Any, batch: SequenceBatch, order: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Features of the images of `order`, one image after the other, and those of the deepstack layers. The vision tower
+    runs once over the batch's images, however often one is named."""
     # Of the vision tower itself: what `get_image_features` splits for us differs between transformers 5.17 and 5.19.
     out = model.visual(batch.pixel_values_NC.to(model.visual.dtype), grid_thw=batch.grids_I3, return_dict=True)
     tokens = (batch.grids_I3.prod(-1) // model.visual.spatial_merge_size**2).tolist()
-    order = batch.image_of.tolist()
-    visual_BS = batch.input_ids_BS == model.config.image_token_id
-    features = _images_in_order(out.pooler_output, tokens, order)
     deepstack = [_images_in_order(layer, tokens, order) for layer in out.deepstack_features]
-    return visual_BS, features, deepstack
+    return _images_in_order(out.pooler_output, tokens, order), deepstack
 
 
-def _images_in_order(features: Tensor, tokens: list[int], order: list[int]) -> Tensor:
+def _images_in_order(features: Tensor, tokens: list[int], order: Sequence[int]) -> Tensor:
     """The rows of each image of `order`, one image after the other; `tokens` are the rows of each."""
     images = features.split(tokens)
     return torch.cat([images[i] for i in order])

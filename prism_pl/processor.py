@@ -6,7 +6,7 @@ samples and synchronises the device for each.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +50,14 @@ class Processor:
         tokenizer: a Hugging Face tokenizer with a chat template and Qwen's special tokens.
         image_processor: Qwen2-VL's image processor (PIL backend: it needs no torchvision).
         source: the folder or hub id both were read from; exports take their processor files from it.
+        text_only: leave an example's images out of its prompt.
     """
 
-    def __init__(self, tokenizer: Any, image_processor: Any, source: str) -> None:
+    def __init__(self, tokenizer: Any, image_processor: Any, source: str, text_only: bool = False) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.source = source
+        self.text_only = text_only
         self.image_token_id: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.eos_id: int = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.pad_id: int = tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -65,7 +67,7 @@ class Processor:
         self.banned_ids: list[int] = [i for i in ids if i is not None and i != tokenizer.unk_token_id]
 
     @classmethod
-    def from_path(cls, path: str, max_pixels: int | None = None) -> "Processor":
+    def from_path(cls, path: str, max_pixels: int | None = None, text_only: bool = False) -> "Processor":
         """Read tokenizer and image processor from a folder or hub id.
 
         Args:
@@ -82,10 +84,12 @@ class Processor:
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         if max_pixels is not None:
             image_processor.size["longest_edge"] = max_pixels
-        return cls(tokenizer, image_processor, str(path))
+        return cls(tokenizer, image_processor, str(path), text_only)
 
     def prompt(self, example: Example) -> Prompt:
         """Encode system prompt, images and question of an example."""
+        if self.text_only:
+            example = replace(example, images=[])
         text = self.prompt_text(example)
         raw_ids = self.tokenizer(text, add_special_tokens=False).input_ids
         pixel_values_NC, grids_I3 = self._images(example)
@@ -197,6 +201,7 @@ class Processor:
             grids_I3=torch.cat([prompt.grids_I3 for prompt in prompts]),
             image_of=torch.tensor(image_of, dtype=torch.long),
             images_per_row=[counts[p] for p in prompt_of],
+            prompt_of_B=torch.tensor(prompt_of),
             ids=[row.id for row in rows],
         )
 

@@ -86,6 +86,7 @@ def same_encoding(one: Processor, other: Processor) -> bool:
         one.tokenizer.chat_template == other.tokenizer.chat_template
         and one.tokenizer.backend_tokenizer.to_str() == other.tokenizer.backend_tokenizer.to_str()
         and one.image_processor.to_dict() == other.image_processor.to_dict()
+        and one.text_only == other.text_only
     )
 
 
@@ -113,5 +114,5 @@ def check_demonstration_lengths(examples: Sequence[Example], valid_B: Tensor, ma
             raise ValueError(
                 f"row {example.id!r}: a segment of the demonstration is longer than max_segment_tokens="
                 f"{max_segment_tokens}, so it makes no pair: raise "
-                "model.init_args.discriminator.init_args.max_segment_tokens, or leave the row out"
+                "model.init_args.discriminator.init_args.max_segment_tokens of the warm start, or leave the row out"
             )

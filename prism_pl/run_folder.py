@@ -29,6 +29,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from prism_pl.checkpoint_files import LAST, whole_file
 from prism_pl.errors import UsageError
+from prism_pl.folders import free_folder
 
 # Lightning starts the processes of further ranks with the same command line and environment: they take the folder the
 # first one chose.
@@ -77,9 +78,7 @@ def fresh_folder(folder: Path) -> Path:
                 "would not agree. Give --trainer.default_root_dir a new one."
             )
         return Path(os.environ[FOLDER_VARIABLE])
-    chosen, number = folder, 2
-    while chosen.exists() and (not chosen.is_dir() or any(path.name != LOCK for path in chosen.iterdir())):
-        chosen, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    chosen = free_folder(folder, LOCK)
     os.environ[FOLDER_VARIABLE] = str(chosen)
     return chosen
 

@@ -113,7 +113,8 @@ def write_pipeline(folder: Path) -> None:
     (folder / "weights" / "model.safetensors").write_text("base")
     (folder / "pipeline.yaml").write_text(PIPELINE)
     for name, max_steps in CONFIGS.items():
-        settings = {"model": {"lr": 0.1, "policy": {"path": "?"}}, "data": {}, "trainer": {"max_steps": max_steps}}
+        data = {"keep": [0.2, 0.8]} if name == "rlvr" else {}
+        settings = {"model": {"lr": 0.1, "policy": {"path": "?"}}, "data": data, "trainer": {"max_steps": max_steps}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
 
 

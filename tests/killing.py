@@ -29,10 +29,12 @@ from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 
 ROOT = Path(__file__).parent.parent
 KILLED = "killed"
-# In a checkpoint, but read by nothing that we do: ModelCheckpoint's record of its last score, which Lightning does not
-# load; and its counts of validation batches, which it counts otherwise after a resume at an epoch's end. They serve
-# going on in the middle of a validation, where no checkpoint is taken.
-UNREAD = ("/current_score", "epoch_loop.val_loop.batch_progress")
+# In a checkpoint, and not compared: ModelCheckpoint's record of its last score, which Lightning does not load; and two
+# of Lightning's counts that differ after a resume at an epoch's end. Those of validation batches serve going on in the
+# middle of a validation, where no checkpoint is taken; those of epochs begun a further resume sets right (there is a
+# test).
+UNREAD = ["/current_score", "epoch_loop.val_loop.batch_progress"]
+UNREAD += [f"fit_loop/epoch_progress/{span}/{count}" for span in ("total", "current") for count in ("ready", "started")]
 Moment = Literal["start", "step", "end", "validation", "writing", "renaming", "published"]
 
 

@@ -20,13 +20,12 @@ from modules.rlvr import RLVRModule
 from modules.sft import SFTModule
 from modules.warmup import DiscriminatorModule
 from prism_pl.chat import render
-from prism_pl.discriminator import TwoHeadDiscriminator
+from prism_pl.discriminator import DenseDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import GRPO
 from prism_pl.rollout import TransformersEngine
 from prism_pl.rollout.engine import Sampling
 from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, gathered
-from prism_pl.strategy.folder_checkpoint import only_tensors  # noqa: F401
 from tests.conftest import make_examples
 from tests.stubs import MALFORMED, RIGHT, WRONG, Record, ScriptedEngine
 
@@ -142,7 +141,7 @@ def _align(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, A
         "schedule": "linear",
         "warmup": 1,
     }
-    discriminator = partial(TwoHeadDiscriminator, DISCRIMINATOR, dropout=0.0)
+    discriminator = partial(DenseDiscriminator, DISCRIMINATOR, dropout=0.0)
     sampling = Sampling(max_tokens=60)
     module = AdversarialAlignModule(
         PolicySpec(POLICY), discriminator, engine, optimizer, optimizer, sampling, **(settings | extra)
@@ -172,7 +171,7 @@ def _sft(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any
 
 def _warmup(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
     settings: dict[str, Any] = {"num_rollouts": 4, "micro_batch_tokens": 300, "ceiling": None, "schedule": "linear"}
-    discriminator = partial(TwoHeadDiscriminator, DISCRIMINATOR, dropout=0.0)
+    discriminator = partial(DenseDiscriminator, DISCRIMINATOR, dropout=0.0)
     sampling = Sampling(max_tokens=60)
     module = DiscriminatorModule(
         PolicySpec(POLICY), discriminator, engine, optimizer, sampling, **(settings | extra)

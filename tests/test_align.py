@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from callbacks import Completions, RewardGap, StructuralProxies
 from modules.align import AdversarialAlignModule
 from prism_pl.chat import render
-from prism_pl.discriminator import TwoHeadDiscriminator
+from prism_pl.discriminator import DedicatedMoEDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import PolicyLoss
 from prism_pl.rollout.engine import Sampling
@@ -50,7 +50,7 @@ def make(
     )
 
 
-class BoldDiscriminator(TwoHeadDiscriminator):
+class BoldDiscriminator(DedicatedMoEDiscriminator):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         with torch.no_grad():

@@ -193,13 +193,13 @@ def test_run_writes_config_events_checkpoint_and_export(fit_run):
 def test_export_loads_alone_with_tokenizer_and_processor(fit_run):
     from transformers import AutoTokenizer
 
-    from prism_pl.discriminator import TwoHeadDiscriminator
+    from prism_pl.discriminator import DedicatedMoEDiscriminator
     from prism_pl.policy import PolicySpec, build_policy
 
     export = str(fit_run.folder / "export")
     trained = checkpoint_of(fit_run)["state_dict"]
     if fit_run.name == "warmup":
-        loaded, prefix = TwoHeadDiscriminator(export).state_dict(), "discriminator."
+        loaded, prefix = DedicatedMoEDiscriminator(export).state_dict(), "discriminator."
     else:
         loaded, prefix = build_policy(PolicySpec(export)).state_dict(), "policy."
     assert {name for name in trained if name.startswith(prefix)} == {prefix + name for name in loaded}
@@ -245,7 +245,7 @@ def test_clip_range_of_the_gspo_config_acts(tmp_path_factory):
 
 
 def test_alignment_exports_its_discriminator_beside_the_policy(tmp_path_factory):
-    from prism_pl.discriminator import TwoHeadDiscriminator
+    from prism_pl.discriminator import DedicatedMoEDiscriminator
 
     run = run_of("align.yaml", tmp_path_factory)
-    assert TwoHeadDiscriminator(str(run.folder / "export-discriminator")).experts == EXPERTS
+    assert DedicatedMoEDiscriminator(str(run.folder / "export-discriminator")).experts == EXPERTS

@@ -10,8 +10,9 @@ import torch
 
 from prism_pl.batch import Example
 from prism_pl.chat import Parsed, parse, render, segments
-from prism_pl.discriminator import Discriminator, RowScores, TwoHeadDiscriminator, evaluating, score, score_texts
-from prism_pl.policy import PolicySpec, hidden_states
+from prism_pl.discriminator import DedicatedMoEDiscriminator, Discriminator, RowScores, evaluating, score, score_texts
+from prism_pl.packing import padded_layout
+from prism_pl.policy import PolicySpec
 from prism_pl.segments import segment_batch, segment_ids
 from tests.conftest import DEMONSTRATION, make_examples
 
@@ -21,9 +22,9 @@ MALFORMED = "<caption>no end"
 
 
 @pytest.fixture(scope="module")
-def discriminator(random_policy) -> TwoHeadDiscriminator:
+def discriminator(random_policy) -> DedicatedMoEDiscriminator:
     torch.manual_seed(0)
-    return TwoHeadDiscriminator(random_policy, init_heads=True, max_segment_tokens=200)
+    return DedicatedMoEDiscriminator(random_policy, init_heads=True, max_segment_tokens=200)
 
 
 def prompts_of(discriminator: Discriminator, examples: list[Example]):
@@ -72,7 +73,13 @@ class ShortcutDiscriminator(Discriminator):
         ends_N2 = torch.stack([sequences.lengths_B - 2, sequences.lengths_B - 1], dim=1)
         ends_N2 = sequences.input_ids_BS.gather(1, ends_N2)
         scores_N = self.by_id(ends_N2).sum((1, 2))
-        return RowScores(scores_N, expert_N.float().mean(), {"expert": expert_N.float().mean()})
+        return RowScores(scores_N, {"experts": expert_N.float().sum()}, {"expert": expert_N.float().mean()})
+
+    def aux_loss(self, sums):
+        return sums["experts"]
+
+    def metrics(self, sums):
+        return {"experts": sums["experts"]}
 
     def save(self, folder, dtype="float32"): ...
 
@@ -91,7 +98,7 @@ def test_the_last_tokens_cannot_win_whichever_side_is_longer_than_the_cap(blank_
         assert torch.equal(values.isnan(), ~scores.valid_B)
         judged = values[scores.valid_B]
         assert torch.equal(judged, judged[:1].expand_as(judged))
-    assert set(scores.diagnostics) == {"expert", "too_long/perception", "too_long/reasoning"}
+    assert set(scores.diagnostics) == {"expert", "experts", "too_long/perception", "too_long/reasoning"}
     for expert in shortcut.experts:
         assert float(scores.diagnostics[f"too_long/{expert}"]) == sides.count(long) / 4
 
@@ -113,7 +120,7 @@ def test_one_segment_over_the_cap_by_one_token_leaves_the_whole_response_out(bla
         assert shares == ([0.0, 0.0] if fits else [0.0, 0.5])
 
 
-def test_a_text_that_stands_twice_is_scored_once_and_means_are_over_sequences(blank_policy):
+def test_a_text_that_stands_twice_is_scored_once_and_sums_and_means_are_over_sequences(blank_policy):
     shortcut = ShortcutDiscriminator(PolicySpec(blank_policy).processor(), 300)
     prompts = prompts_of(shortcut, make_examples(2))
     # Captions a b a | c, think blocks x y z | w: 3 + 4 distinct sequences.
@@ -124,7 +131,7 @@ def test_a_text_that_stands_twice_is_scored_once_and_means_are_over_sequences(bl
     for micro_batch_tokens in (None, 1, 100):
         scores = score(shortcut, batch, micro_batch_tokens)
         # The reasoning expert, index 1, reads 4 of the 7.
-        torch.testing.assert_close(scores.aux_loss, torch.tensor(4 / 7))
+        assert float(scores.aux_loss) == float(scores.diagnostics["experts"]) == 4
         torch.testing.assert_close(scores.diagnostics["expert"], torch.tensor(4 / 7))
 
 
@@ -215,7 +222,7 @@ def test_scored_in_eval_mode_and_trained_with_dropout(discriminator):
 
 
 def test_first_scores_are_small_and_every_part_gets_a_gradient(random_policy):
-    fresh = TwoHeadDiscriminator(random_policy, init_heads=True)
+    fresh = DedicatedMoEDiscriminator(random_policy, init_heads=True)
     scores = scores_of(fresh, [DEMONSTRATION, OTHER], training=True)
     assert all(float(s.detach().abs().max()) < 1 for s in scores.by_expert.values())
     gaps = torch.stack([s[0] - s[1] for s in scores.by_expert.values()])
@@ -226,15 +233,16 @@ def test_first_scores_are_small_and_every_part_gets_a_gradient(random_policy):
 
 
 def test_likelihoods_are_float32_under_autocast(random_policy):
-    weighing = TwoHeadDiscriminator(random_policy, init_heads=True, likelihood_weight=1.0)
+    weighing = DedicatedMoEDiscriminator(random_policy, init_heads=True, likelihood_weight=1.0)
     prompts = prompts_of(weighing, make_examples(1))
     texts = {"perception": ["<caption> red"], "reasoning": ["<think> 3"]}
     sequences = segment_batch(weighing.processor, prompts, texts, [0], 200).sequences
+    layout = padded_layout(sequences)
+    hidden_NH = torch.randn(layout.token_of_N.numel(), weighing.model.config.text_config.hidden_size)
     with torch.no_grad():
-        hidden_NSH = hidden_states(weighing.model, sequences)
-        plain_N = weighing._mean_logps(hidden_NSH, sequences)
+        plain_N = weighing._mean_logps(hidden_NH, sequences, layout)
         with torch.autocast("cpu", torch.bfloat16):
-            autocast_N = weighing._mean_logps(hidden_NSH, sequences)
+            autocast_N = weighing._mean_logps(hidden_NH, sequences, layout)
     assert torch.equal(autocast_N, plain_N)
 
 
@@ -242,12 +250,12 @@ def test_save_and_load_give_the_same_scores(discriminator, tmp_path):
     discriminator.save(tmp_path / "d")
     discriminator.save(tmp_path / "d")  # an older one is replaced
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
-    loaded = TwoHeadDiscriminator(str(tmp_path / "d"))
+    loaded = DedicatedMoEDiscriminator(str(tmp_path / "d"))
     assert loaded.max_segment_tokens == 200
     one, two = (scores_of(d, [DEMONSTRATION, SHORT]).by_expert for d in (discriminator, loaded))
     assert all(torch.equal(one[expert], two[expert]) for expert in one)
     discriminator.save(tmp_path / "half", "bfloat16")
-    half = TwoHeadDiscriminator(str(tmp_path / "half"))
+    half = DedicatedMoEDiscriminator(str(tmp_path / "half"))
     assert half.model.get_input_embeddings().weight.dtype == torch.float32
     three = scores_of(half, [DEMONSTRATION, SHORT]).by_expert
     assert all(torch.allclose(one[expert], three[expert], atol=0.02) for expert in one)
@@ -263,30 +271,32 @@ def test_a_save_clears_what_killed_ones_left(discriminator, tmp_path):
     discriminator.save(tmp_path / "d")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
     assert not (tmp_path / "d" / "half").exists()
-    one, two = (scores_of(d, [SHORT]).by_expert for d in (discriminator, TwoHeadDiscriminator(str(tmp_path / "d"))))
+    one, two = (
+        scores_of(d, [SHORT]).by_expert for d in (discriminator, DedicatedMoEDiscriminator(str(tmp_path / "d")))
+    )
     assert all(torch.equal(one[expert], two[expert]) for expert in one)
 
 
 def test_a_cap_below_one_token_is_refused(random_policy):
     with pytest.raises(ValueError, match="max_segment_tokens is 0: give at least 1"):
-        TwoHeadDiscriminator(random_policy, init_heads=True, max_segment_tokens=0)
+        DedicatedMoEDiscriminator(random_policy, init_heads=True, max_segment_tokens=0)
 
 
 def test_missing_heads_are_never_random(discriminator, random_policy, tmp_path):
     with pytest.raises(ValueError, match=r"never random: run warmup\.yaml"):
-        TwoHeadDiscriminator(random_policy)
+        DedicatedMoEDiscriminator(random_policy)
     discriminator.save(tmp_path / "d")
     with pytest.raises(ValueError, match="would throw its heads away"):
-        TwoHeadDiscriminator(str(tmp_path / "d"), init_heads=True)
+        DedicatedMoEDiscriminator(str(tmp_path / "d"), init_heads=True)
     heads = tmp_path / "d" / "heads.safetensors"
     from safetensors.torch import load_file, save_file
 
     save_file({"perception.weight": load_file(heads)["perception.weight"]}, heads)
     with pytest.raises(ValueError, match=r"reasoning\.weight"):
-        TwoHeadDiscriminator(str(tmp_path / "d"))
+        DedicatedMoEDiscriminator(str(tmp_path / "d"))
     heads.unlink()
     with pytest.raises(ValueError, match=r"lacks heads\.safetensors"):
-        TwoHeadDiscriminator(str(tmp_path / "d"))
+        DedicatedMoEDiscriminator(str(tmp_path / "d"))
 
 
 class Bomb:
@@ -304,7 +314,7 @@ def test_a_planted_pickle_is_refused(discriminator, tmp_path, monkeypatch, name)
         (tmp_path / "d" / "heads.safetensors").unlink()
     (tmp_path / "d" / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match=r"pickled|lacks heads"):
-        TwoHeadDiscriminator(str(tmp_path / "d"))
+        DedicatedMoEDiscriminator(str(tmp_path / "d"))
     assert not (tmp_path / "exploded").exists()
 
 
@@ -315,7 +325,7 @@ def test_yaml_and_python_name_a_factory(random_policy):
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DiscriminatorModule, "model")
-    named = {"class_path": "prism_pl.discriminator.TwoHeadDiscriminator", "init_args": {"path": random_policy}}
+    named = {"class_path": "prism_pl.discriminator.DedicatedMoEDiscriminator", "init_args": {"path": random_policy}}
     arguments = {
         "policy": {"path": random_policy},
         "discriminator": {**named, "init_args": {**named["init_args"], "init_heads": True}},
@@ -326,6 +336,8 @@ def test_yaml_and_python_name_a_factory(random_policy):
     module = parser.instantiate(parser.parse_object({"model": arguments})).model
     assert module.discriminator is None  # built in configure_model, so that ZeRO-3 can shard it
     module.configure_model()
-    assert isinstance(module.discriminator, TwoHeadDiscriminator)
-    assert isinstance(partial(TwoHeadDiscriminator, path=random_policy, init_heads=True)(), TwoHeadDiscriminator)
+    assert isinstance(module.discriminator, DedicatedMoEDiscriminator)
+    assert isinstance(
+        partial(DedicatedMoEDiscriminator, path=random_policy, init_heads=True)(), DedicatedMoEDiscriminator
+    )
     assert json.dumps(arguments)

@@ -63,6 +63,7 @@ def test_stages_run_in_order_and_the_ledger_says_what_from_what(capsys):
     assert written["stages"]["filter"]["results"] == {
         "prompts": 4,
         "mean_pass_rate": 0.5625,
+        "keep": [0.2, 0.8],
         "kept": 2,
         "none_right": 1,
         "all_right": 1,
@@ -76,6 +77,14 @@ def test_the_baseline_takes_the_steps_of_both_stages_and_its_own_filter():
     baseline = ledger()["stages"]["baseline"]
     assert baseline["config"]["trainer"]["max_steps"] == 25 + 40
     assert baseline["config"]["data"]["pass_rates"] == "{filter-sft}/pass_rates.jsonl"
+
+
+def test_what_a_filter_keeps_is_counted_by_the_bounds_of_the_stage_that_trains_on_it():
+    start("--rlvr.data.keep", "[0, 0.5]")
+    filters = [ledger()["stages"][name]["results"] for name in ("filter", "filter-sft")]
+    assert [(found["keep"], found["kept"]) for found in filters] == [([0, 0.5], 2), ([0.2, 0.8], 2)]
+    start("--rlvr.data.keep", "[0.5, 0.5]", "--fresh")
+    assert ledger("run-2")["stages"]["filter"]["results"]["kept"] == 1
 
 
 def test_a_shared_filter_serves_both_and_the_other_is_left_out():
@@ -200,6 +209,42 @@ def test_a_checkpoint_from_outside_altered_is_noticed():
     Path("other.ckpt").write_text("others")
     with pytest.raises(UsageError, match=r"sft: .*other\.ckpt \(ckpt_path\) has other contents"):
         start("--sft.ckpt_path", "other.ckpt")
+
+
+def test_an_input_that_is_not_there_stops_before_the_first_stage_and_is_named(capsys):
+    with pytest.raises(UsageError, match=r"rlvr: data\.pass_rates: there is no \S+rates\.jsonl\. Nothing was started"):
+        start("--rlvr.data.pass_rates", "./rates.jsonl")
+    with pytest.raises(UsageError, match=r"align: model\.policy\.path: there is no \S+/gone"):
+        start("--align.model.policy.path", "./gone")
+    assert not Path("run/ledger.json").exists()
+    start("--dry-run", "--rlvr.data.pass_rates", "./rates.jsonl")
+    assert "It would stop: rlvr: data.pass_rates: there is no" in capsys.readouterr().out
+    # A hub id looks like a relative path: only its command can tell.
+    assert start("--align.model.policy.path", "Qwen/Qwen3-VL-4B-Instruct").started == [*ALL, "report"]
+
+
+def test_an_input_that_is_gone_is_named_and_stops_only_what_would_read_it(capsys):
+    start()
+    Path("weights").rename("elsewhere")
+    assert start().started == []
+    assert re.search(
+        r"skip +sft +finished .*weights \(model\.policy\.path\), which it read, is gone", capsys.readouterr().out
+    )
+    with pytest.raises(UsageError, match=r"sft: model\.policy\.path: there is no \S*weights"):
+        start("--sft.model.lr", "0.3", "--update")
+    assert set(statuses().values()) == {"finished"}
+
+
+def test_other_versions_than_a_stage_ran_on_are_said(capsys):
+    start()
+    assert "warning" not in capsys.readouterr().out
+    content = ledger()
+    for name in ("sft", "align"):
+        content["stages"][name]["versions"]["torch"] = "1.0"
+    Path("run/ledger.json").write_text(json.dumps(content))
+    assert start().started == []
+    here = content["stages"]["rlvr"]["versions"]["torch"]
+    assert f"other versions than are here now: torch: 1.0 -> {here} (sft, align)\n" in capsys.readouterr().out
 
 
 def test_a_moved_run_folder_is_still_finished():
@@ -397,6 +442,25 @@ def test_from_a_stage_runs_it_and_what_depends_on_it_in_a_new_folder(capsys):
     assert Path("run/align/export").exists()
 
 
+def test_a_fork_keeps_what_it_took_when_the_original_runs_it_anew():
+    start()
+    fork = ["--run_folder", "fork", "--rlvr.model.lr", "0.3"]
+    start("--from", "rlvr", "--to", "fork", *fork[2:])
+    read = ledger("fork")["stages"]["rlvr"]["parents"]
+    edit("align.yaml", "lr: 0.1", "lr: 0.2")
+    start("--update")
+    edit("align.yaml", "lr: 0.2", "lr: 0.1")
+    assert start(*fork).started == []
+    taken = ledger("fork")["stages"]["align"]
+    assert taken["folder"] == "../run/earlier/align"
+    assert taken["outputs"]["export"] == read["align"]["export"]
+    # What runs in the fork reads what the fork took, not what the original has now.
+    assert start(*fork, "--evaluate-rlvr.model.lr", "7", "--update").started == ["evaluate-rlvr", "report"]
+    assert start(*fork[:2], "--rlvr.model.lr", "0.4", "--update").started == ["rlvr", "evaluate-rlvr", "report"]
+    assert "--model.policy.path run/earlier/align/export" in ledger("fork")["stages"]["rlvr"]["command"]
+    assert ledger("fork")["stages"]["rlvr"]["parents"] == read
+
+
 def test_from_takes_the_next_free_folder():
     start()
     start("--from", "report")
@@ -488,6 +552,7 @@ def test_a_wrong_pipeline_is_one_message_before_anything_runs(old, new, said):
         (["--parallel", "two"], "parallel: 'two' is no int"),
         (["--sftt.trainer.max_steps", "2"], "there is no stage 'sftt'. Did you mean sft?"),
         (["--sft.trainer.max_steps"], "--sft.trainer.max_steps needs a value"),
+        (["--sft.trainer.max_steps", "--update"], "--sft.trainer.max_steps needs a value, and --update is an option"),
     ],
 )
 def test_a_wrong_command_line_is_one_message(options, said):

@@ -183,6 +183,25 @@ def test_with_each_engine_a_killed_run_ends_as_if_it_had_not_been(stage, runs, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("validation", [2, 5], ids=["without", "with"])
+@pytest.mark.parametrize("second", [9, 11])
+def test_stopped_at_the_end_of_an_epoch_and_killed_in_the_next(second, validation, runs, tmp_path):
+    # An epoch has five batches; a validation after every fifth falls on its end.
+    options = ["--trainer.max_steps", "16", "--trainer.val_check_interval", str(validation)]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert runs.runner([*command("sft", {"batch": 10**6}, whole), *options], whole) == 0, screen(whole)
+    stopped = [*command("sft", {"batch": 4, "by": "SIGINT"}, cut), *options]
+    assert runs.runner(stopped, cut) == 130, screen(cut)
+    (cut / "run" / killing.KILLED).unlink()
+    killed = [*command("sft", {"batch": second}, cut), *options]
+    assert runs.runner(killed, cut) == -signal.SIGKILL, screen(cut)
+    assert runs.runner(killed, cut) == 0, screen(cut)
+    # A quarter of the run is 4 steps.
+    assert [start["step"] for start in starts(cut)] == [0, 5, 9]
+    assert_same(whole, cut)
+
+
+@pytest.mark.slow
 def test_more_steps_go_on_as_if_they_had_been_asked_for_at_once(runs, tmp_path):
     constant = ["--model.schedule", "constant", "--model.warmup", "0"]
     longer = [*command("sft", {"batch": 10**6}, tmp_path / "at once"), *constant, "--trainer.max_steps", "12"]

@@ -12,7 +12,7 @@ from datamodules.digits_rows import make_example
 from datamodules.digits_scene import COLOURS, PLACES
 from prism_pl.batch import Example
 from prism_pl.chat import EXPERTS, parse, render
-from prism_pl.discriminator import TwoHeadDiscriminator, score_texts
+from prism_pl.discriminator import DedicatedMoEDiscriminator, score_texts
 from prism_pl.evaluation import Judge
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rollout import TransformersEngine
@@ -24,8 +24,8 @@ KINDS = {"digit": [str(d) for d in range(10)], "colour": list(COLOURS), "place":
 
 
 @pytest.fixture(scope="module")
-def discriminator() -> TwoHeadDiscriminator:
-    return TwoHeadDiscriminator(str(ASSETS / "discriminator")).eval()
+def discriminator() -> DedicatedMoEDiscriminator:
+    return DedicatedMoEDiscriminator(str(ASSETS / "discriminator")).eval()
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def rows() -> list[Example]:
     return [make_example("validation", i, seed=0) for i in range(NUM_SCENES)]
 
 
-def num_tokens(discriminator: TwoHeadDiscriminator, text: str) -> int:
+def num_tokens(discriminator: DedicatedMoEDiscriminator, text: str) -> int:
     return len(discriminator.processor.response_ids(text))
 
 
 def with_false_item(
-    discriminator: TwoHeadDiscriminator, row: Example, kind: str, rng: np.random.Generator
+    discriminator: DedicatedMoEDiscriminator, row: Example, kind: str, rng: np.random.Generator
 ) -> str | None:
     """The demonstration with one digit, colour or place of its caption replaced by another of as many tokens. Items
     stay in reading order, so that the text alone does not give it away; None where no such other is left."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from modules.warmup import DiscriminatorModule
 from prism_pl.batch import Example
 from prism_pl.chat import render
-from prism_pl.discriminator import TwoHeadDiscriminator
+from prism_pl.discriminator import DedicatedMoEDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.processor import Processor
 from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
@@ -90,7 +90,7 @@ class Rows(L.LightningDataModule):
 def make_module(path: str, engine: ScriptedEngine, lr: float = 1e-3, **options) -> DiscriminatorModule:
     return DiscriminatorModule(
         policy=PolicySpec(path),
-        discriminator=partial(TwoHeadDiscriminator, path=path, init_heads=True, max_segment_tokens=200),
+        discriminator=partial(DedicatedMoEDiscriminator, path=path, init_heads=True, max_segment_tokens=200),
         rollout=engine,
         optimizer=partial(torch.optim.AdamW, lr=lr),
         sampling=Sampling(max_tokens=8),
@@ -239,7 +239,7 @@ def test_export_loads_alone(random_policy, tmp_path):
     module = make_module(random_policy, ScriptedEngine(), export_dtype="float32")
     module.configure_model()
     module.export(tmp_path / "export")
-    loaded = TwoHeadDiscriminator(str(tmp_path / "export"))
+    loaded = DedicatedMoEDiscriminator(str(tmp_path / "export"))
     for name, weight in loaded.state_dict().items():
         assert torch.equal(weight, module.discriminator.state_dict()[name])
 

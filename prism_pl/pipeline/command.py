@@ -11,12 +11,25 @@ from typing import Any, NoReturn
 import yaml
 
 from prism_pl.errors import UsageError, did_you_mean
-from prism_pl.ledger import Ledger, free_folder, locked, plain
+from prism_pl.fingerprint import versions
+from prism_pl.folders import free_folder
+from prism_pl.ledger import LOCK, Ledger, locked, plain
 from prism_pl.pipeline.execute import Execution
-from prism_pl.pipeline.fork import fork
+from prism_pl.pipeline.fork import follow, fork
 from prism_pl.pipeline.graph import Graph, build_graph, command_of
 from prism_pl.pipeline.jobs import ProcessRunner, Runner
-from prism_pl.pipeline.plan import Step, Wanted, make_plan, outside_inputs, refuse_changes, took, with_stage_names
+from prism_pl.pipeline.plan import (
+    Step,
+    Wanted,
+    make_plan,
+    missing_inputs,
+    other_versions,
+    outside_inputs,
+    refuse_changes,
+    refuse_missing,
+    took,
+    with_stage_names,
+)
 from prism_pl.pipeline.schema import Pipeline, load_pipeline
 from prism_pl.shipped import find_config, stage_of
 
@@ -71,7 +84,7 @@ def run(args: list[str], runner: Runner | None = None) -> None:
     else:
         ledger = None
         if options.fresh:
-            folder = free_folder(folder)
+            folder = free_folder(folder, LOCK)
             command = _in_folder(args, folder)
     start = Start(pipeline, graph, options.update, command)
     if options.dry_run:
@@ -102,6 +115,7 @@ class Start:
             ledger.content["dropped"][name] = ledger.stages.pop(name)
         for name in [name for name in ledger.content["dropped"] if name in self.graph]:
             ledger.stages[name] = ledger.content["dropped"].pop(name)
+        follow(ledger)
         self.wanted = self._resolve(ledger, runner, set())
         plan = make_plan(self.graph, self.wanted, ledger, self.update)
         anew = {name for name, step in plan.items() if step.action == "rerun"}
@@ -114,13 +128,15 @@ class Start:
             print(f"  {step.action:<6}  {name:<{width}}  {step.reason}")
         for name in ledger.content["dropped"]:
             print(f"  {'-':<6}  {name:<{width}}  no longer in the pipeline; left as it is")
+        if others := other_versions(ledger, versions()):
+            print(f"warning: stages ran on other versions than are here now: {'; '.join(others)}")
         return plan
 
     def try_out(self, ledger: Ledger, runner: Runner) -> None:
         """Print what `run` would do."""
         plan = self.plan(ledger, runner)
         try:
-            refuse_changes(plan, ledger.folder)
+            self._refuse(plan, ledger)
         except UsageError as error:
             print(f"\nIt would stop: {error}")
         else:
@@ -133,7 +149,7 @@ class Start:
     def run(self, ledger: Ledger, runner: Runner) -> None:
         """Plan, and do it."""
         plan = self.plan(ledger, runner)
-        refuse_changes(plan, ledger.folder)
+        self._refuse(plan, ledger)
         if all(step.action == "skip" for step in plan.values()):
             before = Ledger.read(ledger.folder)
             ledger.content["status"] = "finished"
@@ -152,6 +168,10 @@ class Start:
         reports = [ledger.path(e) / "report.md" for e in ledger.stages.values() if e["kind"] == "report"]
         print(f"\n{ledger.folder} is finished: {len(plan)} stages.", *(f"Report: {report}" for report in reports))
         print(f"TensorBoard: tensorboard --logdir {ledger.folder}")
+
+    def _refuse(self, plan: dict[str, Step], ledger: Ledger) -> None:
+        refuse_changes(plan, ledger.folder)
+        refuse_missing(plan, self.wanted, ledger)
 
     def _resolve(self, ledger: Ledger, runner: Runner, anew: set[str]) -> dict[str, Wanted]:
         def folder_of(name: str) -> Path:
@@ -173,7 +193,7 @@ class Start:
                 where = self.pipeline.sources.where("stages", name)
                 raise UsageError(f"{where}: python -m prism_pl {shlex.join(args)}: {error}") from None
             config = with_stage_names(configs[name], folders)
-            wanted[name] = Wanted(args, config, outside_inputs(config, hashes))
+            wanted[name] = Wanted(args, config, outside_inputs(config, hashes), missing_inputs(config))
         return wanted
 
 
@@ -195,7 +215,11 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
         if not equals and not words:
             raise UsageError(f"{word} needs a value.")
         stage, _, key = name.removeprefix("--").partition(".")
-        settings.append((stage, key, value if equals else words.pop(0)))
+        if not equals:
+            value = words.pop(0)
+            if value.startswith("--"):
+                raise UsageError(f"{word} needs a value, and {value} is an option. If it is meant: {word}={value}")
+        settings.append((stage, key, value))
     parser = _parser()
     options, unknown = parser.parse_known_args(others)
     if unknown:

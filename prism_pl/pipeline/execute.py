@@ -11,11 +11,12 @@ from types import FrameType
 
 from prism_pl.errors import EXIT_STOPPED, PipelineFailed, Stopped
 from prism_pl.fingerprint import hash_path, hash_value, versions
-from prism_pl.ledger import EARLIER, Attempt, Entry, Ledger, Status, free_folder, now
+from prism_pl.folders import free_folder
+from prism_pl.ledger import EARLIER, LOCK, Attempt, Entry, Ledger, Status, now
 from prism_pl.pipeline.graph import OUTPUTS, Graph
 from prism_pl.pipeline.jobs import SIGNALS, Job, Runner
 from prism_pl.pipeline.plan import Step, Wanted, checkpoint_in, took
-from prism_pl.pipeline.results import begun_at, outputs_of, results_of, step_of
+from prism_pl.pipeline.results import begun_at, keep_of, outputs_of, results_of, step_of
 
 LOG = "stage.log"
 # What a command that ended well has written; what a fit has to leave, its children say.
@@ -99,7 +100,7 @@ class Execution:
             entry = self.ledger.stages.pop(name, None) or self._new_entry(name)
             folder = self.ledger.path(entry)
             if entry["taken_from"] is None and folder.exists():
-                aside = free_folder(self.ledger.folder / EARLIER / name)
+                aside = free_folder(self.ledger.folder / EARLIER / name, LOCK)
                 aside.parent.mkdir(exist_ok=True)
                 shutil.move(folder, aside)
                 entry["folder"] = f"{EARLIER}/{aside.name}"
@@ -215,7 +216,9 @@ class Execution:
         unwritten = [path for path in REQUIRED.get(entry["kind"], ()) if not (folder / path).exists()]
         if code == 0 and not unwritten:
             status = "finished"
-            entry["outputs"], entry["results"] = outputs_of(entry["kind"], folder), results_of(entry, folder)
+            entry["outputs"] = outputs_of(entry["kind"], folder)
+            readers = [other for other, node in self.graph.items() if "pass_rates" in node.parents.get(name, ())]
+            entry["results"] = results_of(entry, folder, keep_of([self.wanted[other].config for other in readers]))
         elif code == EXIT_STOPPED or self.interrupted:
             status = "interrupted"
             self.interrupted = True

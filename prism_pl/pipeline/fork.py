@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from prism_pl.errors import UsageError
-from prism_pl.ledger import Entry, Ledger, free_folder, is_free
+from prism_pl.folders import free_folder, is_free
+from prism_pl.ledger import LOCK, Entry, Ledger
 from prism_pl.pipeline.graph import Graph
 
 
@@ -31,8 +32,8 @@ def fork(graph: Graph, stage: str, folder: Path, to: Path | None, command: str) 
             f"--from {stage}: it depends on {', '.join(unfinished)}, which {folder} has not finished. Run that first, "
             f"or fork from {unfinished[0]}."
         )
-    new = to or free_folder(folder)
-    if not is_free(new):
+    new = to or free_folder(folder, LOCK)
+    if not is_free(new, LOCK):
         raise UsageError(f"--to {new} exists: a fork begins in a new folder. To go on with it: --run_folder {new}.")
     ledger = Ledger.new(new, command)
     ledger.content["forked_from"] = {"folder": os.path.relpath(folder, new), "stage": stage}
@@ -49,3 +50,25 @@ def _taken(entry: Entry, old: Ledger, new: Path) -> Entry:
     taken["folder"], taken["log"] = (os.path.relpath(old.path(entry, key), new) for key in ("folder", "log"))
     taken["taken_from"] = os.path.relpath(old.folder, new)
     return taken
+
+
+def follow(ledger: Ledger) -> None:
+    """Let what was taken from another pipeline lead to where that one has it now: `--update` there moves the folder of
+    a stage that it runs anew to `earlier/`. In memory; nothing is written."""
+    originals: dict[str, Ledger | None] = {}
+    for name, entry in ledger.stages.items():
+        source = entry["taken_from"]
+        if source is None:
+            continue
+        if source not in originals:
+            original = Ledger.read(Path(os.path.normpath(ledger.folder / source)))
+            originals[source] = original
+            if original is not None:  # may be a fork itself
+                follow(original)
+        if (original := originals[source]) is not None:
+            earlier = [one for one in original.content["earlier"] if one["name"] == name]
+            for one in [original.stages.get(name), *earlier]:
+                if one is not None and all(one[key] == entry[key] for key in ("attempts", "outputs")):
+                    taken = _taken(one, original, ledger.folder)
+                    entry["folder"], entry["log"] = taken["folder"], taken["log"]
+                    break

@@ -26,11 +26,13 @@ class Wanted:
         args: what follows `python -m prism_pl`.
         config: complete, with paths in stages' folders written `{name}/...`.
         inputs: files and folders from outside that it reads: dotted key -> path and sha256.
+        missing: those that are not there and cannot be hub ids either: dotted key -> path.
     """
 
     args: list[str]
     config: dict[str, Any]
     inputs: dict[str, dict[str, str]]
+    missing: dict[str, str] = field(default_factory=dict)
 
     @property
     def data_hash(self) -> str:
@@ -72,14 +74,33 @@ def with_stage_names(value: Any, folders: Mapping[str, Path]) -> Any:
 def outside_inputs(config: Mapping[str, Any], cache: dict[Path, str]) -> dict[str, dict[str, str]]:
     """The files and folders that a stage reads from outside the pipeline, with their hashes."""
     found: dict[str, dict[str, str]] = {}
-    for section in ("model", "data", "ckpt_path"):
-        for key, value in _paths(config.get(section), section):
-            path = Path(value)
-            if value and not value.startswith("{") and path.exists():
-                if path not in cache:
-                    cache[path] = hash_path(path, contents=section != "data" or path.is_file())
-                found[key] = {"path": value, "sha256": cache[path]}
+    for key, value in _inputs(config):
+        path = Path(value)
+        if value and not value.startswith("{") and path.exists():
+            if path not in cache:
+                cache[path] = hash_path(path, contents=not key.startswith("data.") or path.is_file())
+            found[key] = {"path": value, "sha256": cache[path]}
     return found
+
+
+def missing_inputs(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a stage reads from outside the pipeline and would not find: dotted key -> path.
+
+    A name that may be a hub id, such as `Qwen/Qwen3-VL-4B-Instruct`, is left to the command: it alone can look there.
+    """
+    return {key: value for key, value in _inputs(config) if _is_local(key, value) and not Path(value).exists()}
+
+
+def _is_local(key: str, value: str) -> bool:
+    if key.endswith("path"):
+        return value.startswith((os.sep, "./", "../"))
+    # A pattern or an address is the datamodule's to understand, a model's other folders may be made by it.
+    return key.startswith("data.") and bool(value) and not set(value) & set("{*?[:")
+
+
+def _inputs(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every path-like setting of what a stage reads: dotted key, value."""
+    return [one for section in ("model", "data", "ckpt_path") for one in _paths(config.get(section), section)]
 
 
 def _paths(value: Any, key: str) -> list[tuple[str, str]]:
@@ -109,7 +130,10 @@ def make_plan(graph: Graph, wanted: Mapping[str, Wanted], ledger: Ledger, update
         anew = [parent for parent in node.parents if plan[parent].action != "skip"]
         if entry["status"] == "finished":
             changes += altered(entry, ledger)
-            step = Step("skip", f"finished {entry['ended']} in {took(entry['seconds'])}; nothing changed since")
+            gone = "".join(
+                f"; {path} ({key}), which it read, is gone" for key, path in _gone(entry, wanted[name]).items()
+            )
+            step = Step("skip", f"finished {entry['ended']} in {took(entry['seconds'])}; nothing changed since{gone}")
         else:
             changes += _lost(entry, ledger)
             step = Step("resume", _how_it_goes_on(entry, ledger))
@@ -131,7 +155,8 @@ def _first_start(folder: Path, update: bool) -> Step:
 
 def changed(name: str, entry: Entry, wanted: Wanted, ledger: Ledger, graph: Graph) -> list[str]:
     """What a stage was made from that is different now: settings, inputs from outside, outputs of its parents."""
-    found = list(differences(entry["config"], wanted.config))
+    gone = _gone(entry, wanted)
+    found = [said for said in differences(entry["config"], wanted.config) if said.partition(": ")[0] not in gone]
     for key, now in wanted.inputs.items():
         before = entry["inputs"].get(key)
         if before is not None and before["path"] == now["path"] and before["sha256"] != now["sha256"]:
@@ -142,6 +167,23 @@ def changed(name: str, entry: Entry, wanted: Wanted, ledger: Ledger, graph: Grap
         left = ledger.stages[parent]["outputs"] if parent in ledger.stages and parent in graph else {}
         found += [f"{parent} has another {what} now" for what, sha in read.items() if left.get(what, sha) != sha]
     return found
+
+
+def _gone(entry: Entry, wanted: Wanted) -> dict[str, str]:
+    """What a stage read from outside, would read again, and is not there any more: dotted key -> path."""
+    values = dict(
+        one for section in ("model", "data", "ckpt_path") for one in _paths(wanted.config.get(section), section)
+    )
+    return {
+        key: read["path"]
+        for key, read in entry["inputs"].items()
+        if not Path(read["path"]).exists() and _same_name(read["path"], values.get(key, ""))
+    }
+
+
+def _same_name(path: str, value: str) -> bool:
+    """Whether a value is that path; a YAML's relative path is made absolute only where it leads to something."""
+    return value == path or (bool(value) and path.endswith(os.sep + os.path.normpath(value)))
 
 
 def altered(entry: Entry, ledger: Ledger) -> list[str]:
@@ -200,6 +242,30 @@ def refuse_changes(plan: Mapping[str, Step], run_folder: Path, others: Sequence[
         f"{', '.join(anew)} anew and keeps what they left in {run_folder / 'earlier'}; or --from {next(iter(causes))} "
         "runs them in a new folder."
     )
+
+
+def refuse_missing(plan: Mapping[str, Step], wanted: Mapping[str, Wanted], ledger: Ledger) -> None:
+    """Stop before the first stage where a later one would not find what it reads from outside. UsageError."""
+    found = []
+    for name, step in plan.items():
+        if step.action == "skip":
+            continue
+        missing = wanted[name].missing
+        if name in ledger.stages:  # what was there before is no hub id
+            missing = _gone(ledger.stages[name], wanted[name]) | missing
+        found += [f"{name}: {key}: there is no {path}" for key, path in missing.items()]
+    if found:
+        raise UsageError(f"{'; '.join(found)}. Nothing was started: put it there, or change the setting.")
+
+
+def other_versions(ledger: Ledger, now: Mapping[str, str | None]) -> list[str]:
+    """Where finished stages ran on other versions than those here, as `torch: 2.12.0 -> 2.13.0 (sft, align)`."""
+    found: dict[str, list[str]] = {}
+    for name, entry in ledger.stages.items():
+        if entry["status"] != "pending":
+            for difference in differences(entry["versions"], dict(now)):
+                found.setdefault(difference, []).append(name)
+    return [f"{difference} ({', '.join(names)})" for difference, names in found.items()]
 
 
 def took(seconds: float | None) -> str:

@@ -2,14 +2,14 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prism_pl.fingerprint import hash_path
 from prism_pl.ledger import Attempt, Entry
 from prism_pl.pipeline.graph import OUTPUTS
-
-KEPT = (0.2, 0.8)  # pass rates that RLVR trains on
+from prism_pl.report.events import read_curves
 
 
 def outputs_of(kind: str, folder: Path) -> dict[str, str]:
@@ -17,17 +17,28 @@ def outputs_of(kind: str, folder: Path) -> dict[str, str]:
     return {what: hash_path(folder / path) for what, path in OUTPUTS[kind].items() if (folder / path).exists()}
 
 
-def results_of(entry: Entry, folder: Path) -> dict[str, Any]:
-    """The measurements of a finished stage; `prism_pl.ledger` has their shape."""
+def results_of(entry: Entry, folder: Path, keep: Sequence[float] | None) -> dict[str, Any]:
+    """The measurements of a finished stage; `prism_pl.ledger` has their shape.
+
+    Args:
+        keep: of a difficulty filter, the least and the largest pass rate that is trained on; None where nothing is.
+    """
     if entry["kind"] == "fit":
-        found = {"step": step_of(folder / "checkpoints" / "last.ckpt"), "metrics": last_scalars(folder)}
+        metrics = {tag: curve.values[-1] for tag, curve in read_curves(folder).items() if tag != "hp_metric"}
+        found = {"step": step_of(folder / "checkpoints" / "last.ckpt"), "metrics": metrics}
         kept = folder / OUTPUTS["fit"]["kept_ids"]
         return found | ({"kept": len(json.loads(kept.read_text())["ids"])} if kept.exists() else {})
     if entry["kind"] == "test":
         return _evaluated(folder / OUTPUTS["test"]["evaluation"])
     if entry["kind"] == "predict":
-        return _filtered(folder / OUTPUTS["predict"]["pass_rates"])
+        return _filtered(folder / OUTPUTS["predict"]["pass_rates"], keep)
     return {}
+
+
+def keep_of(configs: Sequence[Mapping[str, Any]]) -> Sequence[float] | None:
+    """The bounds of the pass rates that are trained on, of the first of these stages' configurations that has some."""
+    data = [config.get("data") or {} for config in configs]
+    return next((found for one in data if (found := one.get("init_args", one).get("keep"))), None)
 
 
 def begun_at(folder: Path, attempt: Attempt) -> int | None:
@@ -55,18 +66,6 @@ def step_of(checkpoint: Path | None) -> int | None:
         return None
 
 
-def last_scalars(folder: Path) -> dict[str, float]:
-    """The last value of every scalar in a run's TensorBoard events."""
-    if not list(folder.glob("events.out.tfevents*")):
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    kinds = ("scalars", "images", "tensors", "histograms", "compressedHistograms", "audio")
-    # A reservoir of one keeps the last.
-    events = EventAccumulator(str(folder), size_guidance=dict.fromkeys(kinds, 1)).Reload()
-    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag != "hp_metric"}
-
-
 def _evaluated(file: Path) -> dict[str, Any]:
     """The tables over all families, with mean and interval of each metric."""
     content = json.loads(file.read_text())
@@ -79,13 +78,13 @@ def _evaluated(file: Path) -> dict[str, Any]:
     return {"name": content["name"], "tables": tables}
 
 
-def _filtered(file: Path) -> dict[str, Any]:
+def _filtered(file: Path, keep: Sequence[float] | None) -> dict[str, Any]:
     rates = [json.loads(line)["pass_rate"] for line in file.read_text().splitlines() if line.strip()]
-    low, high = KEPT
     return {
         "prompts": len(rates),
         "mean_pass_rate": sum(rates) / len(rates) if rates else math.nan,
-        "kept": sum(low <= rate <= high for rate in rates),
+        "keep": keep,
+        "kept": None if keep is None else sum(keep[0] <= rate <= keep[1] for rate in rates),
         "none_right": sum(rate == 0 for rate in rates),
         "all_right": sum(rate == 1 for rate in rates),
     }

@@ -25,15 +25,15 @@ Curves = Mapping[str, Curve]
 
 def read_curves(folder: Path) -> dict[str, Curve]:
     """Tag -> curve, from all event files of a folder. A run that went on has several, and repeats the steps since its
-    last checkpoint: the later file counts. A file that was cut short gives what it has."""
+    last checkpoint: the file of the later start counts, whatever copying made of the files' own times. A file that was
+    cut short gives what it has."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     points: dict[str, dict[int, tuple[float, float]]] = {}
     # Pictures are what is large in these files; one of each tag is the least that can be asked for.
     sizes = {"scalars": 0, "images": 1, "tensors": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1}
-    for file in sorted(folder.glob(EVENT_FILES), key=lambda path: (path.stat().st_mtime, path.name)):
-        events = EventAccumulator(str(file), size_guidance=sizes)
-        events.Reload()
+    read = [EventAccumulator(str(file), size_guidance=sizes).Reload() for file in sorted(folder.glob(EVENT_FILES))]
+    for events in sorted((one for one in read if one.Tags()["scalars"]), key=lambda one: one.FirstEventTimestamp()):
         for tag in events.Tags()["scalars"]:
             for event in events.Scalars(tag):
                 points.setdefault(tag, {})[event.step] = (event.value, event.wall_time)

@@ -3,7 +3,8 @@
 The rules are exact and cheap (microseconds); the first one that can read both texts decides:
 
 1. the same text once spelled alike (`text.clean`);
-2. multiple choice A to H by its letter; several options are never one (`choice`);
+2. multiple choice A to H by its letter, and by the numbers where both texts have one behind it (`B. 5` is not `B. 7`);
+   several options are never one (`choice`);
 3. numbers as exact fractions, with percentages (`50%` is `0.5`, not `50`) and units. A unit on one side only is let
    pass (`5 kg` for `5`), two units are converted (`100 cm` is `1 m`), other dimensions differ (`12 cm^2`, `12 cm`);
 4. words, whatever their case;
@@ -79,7 +80,9 @@ def _equal_choice(answer: str, truth: str) -> bool | None:
     if chosen is None:
         # The option's text without its letter: "cat" for "C. cat".
         return bool(expected.text) and _equal(answer, expected.text)
-    return chosen.letter == expected.letter
+    # Words after the letter may be put otherwise; another number is another answer.
+    contradicts = bool(chosen.text and expected.text) and _equal_quantity(chosen.text, expected.text) is False
+    return chosen.letter == expected.letter and not contradicts
 
 
 def _equal_quantity(answer: str, truth: str) -> bool | None:

@@ -4,8 +4,8 @@ DeepSpeed leaves an empty tensor in a sharded parameter and notes on it what it 
 module's own parameters whole around the module's call, forward and backward, by hooks; each is a collective operation.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +38,20 @@ def gathered(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(sharded)
+
+
+@contextmanager
+def whole_construction() -> Iterator[None]:
+    """What transformers builds inside is whole, also within `building` at ZeRO-3: for a network whose weights go into
+    another one. It lies in each rank's CPU memory meanwhile."""
+    from transformers.integrations import deepspeed as flag
+
+    kept = flag._hf_deepspeed_config_weak_ref
+    flag.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        flag._hf_deepspeed_config_weak_ref = kept
 
 
 def is_first_rank() -> bool:

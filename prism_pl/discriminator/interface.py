@@ -1,0 +1,91 @@
+"""What every kind of discriminator is, and the scores it gives."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prism_pl.batch import SequenceBatch
+from prism_pl.processor import Processor
+
+
+class RowScores(NamedTuple):
+    """What a discriminator's forward pass returns.
+
+    Attributes:
+        scores_N: one a sequence, float32.
+        sums: what `Discriminator.aux_loss` and `metrics` need, as sums over this pass, so that the passes of an update
+            can be added up.
+        diagnostics: scalars for the logs, means over the sequences.
+    """
+
+    scores_N: Tensor
+    sums: dict[str, Tensor]
+    diagnostics: dict[str, Tensor]
+
+
+@dataclass
+class Scores:
+    """Scores of B responses.
+
+    Attributes:
+        by_expert: (B,) each; NaN where `valid_B` is False: mask before use.
+        valid_B: True where a response has segments: well-formed, and none over the cap.
+        aux_loss: to be added to the discriminator's loss as it stands; 0 where gradients are off.
+        diagnostics: scalars for the logs, among them `too_long/<expert>`, the share of well-formed responses
+            (demonstrations included) whose segment is over the cap.
+    """
+
+    by_expert: dict[str, Tensor]
+    valid_B: Tensor
+    aux_loss: Tensor
+    diagnostics: dict[str, Tensor]
+
+    def take(self, index: Sequence[int]) -> "Scores":
+        """The scores of the responses at `index`."""
+        rows = torch.tensor(list(index), device=self.valid_B.device, dtype=torch.long)
+        by_expert = {expert: values[rows] for expert, values in self.by_expert.items()}
+        return Scores(by_expert, self.valid_B[rows], self.aux_loss, self.diagnostics)
+
+
+class Discriminator(nn.Module):
+    """What every kind of discriminator is. Its class is named in YAML; `forward` is one pass over N sequences.
+
+    Attributes:
+        experts: names of the segments it reads, see `prism_pl.chat.segments`.
+        processor: encodes prompts and segments.
+        max_segment_tokens: longest segment, end token included. Nothing is cut: a response with a longer one counts as
+            malformed, and a demonstration with one stops the run.
+    """
+
+    experts: tuple[str, ...]
+    processor: Processor
+    max_segment_tokens: int
+
+    @abstractmethod
+    def forward(self, sequences: SequenceBatch, expert_N: Tensor) -> RowScores:
+        """Score each sequence at its last token by the expert that reads it."""
+
+    @abstractmethod
+    def save(self, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+        """Write everything that loading it alone needs."""
+
+    def aux_loss(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """What to add to the loss of an update, already weighted.
+
+        Args:
+            sums: added up over all passes of this rank. Divide by counts over all ranks (`prism_pl.strategy.share`).
+        """
+        return torch.zeros((), device=next(self.parameters()).device)
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars for the logs from the same sums."""
+        return {}
+
+
+# In YAML a class_path with init_args, from Python functools.partial: the network is built in configure_model.
+DiscriminatorFactory = Callable[[], Discriminator]
