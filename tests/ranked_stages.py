@@ -82,7 +82,16 @@ class KillAt(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_rank == self.rank and batch_idx == self.batch:
+            (Path(trainer.default_root_dir) / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StopAfter(Callback):
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx + 1 == self.num_steps
 
 
 class Keep(Callback):
@@ -124,7 +133,7 @@ def train(
     kill: tuple[int, int] | None = None,
     ckpt: str | None = None,
     weights_only: bool = False,
-    num_steps: int = NUM_STEPS,
+    stop_after: int | None = None,
 ) -> None:
     """Train a stage, and leave `told.pt`: what each step logged, and the weights at the end.
 
@@ -134,6 +143,7 @@ def train(
         extra: of the module.
         saved: keep the last checkpoints, of every step.
         kill: the rank to kill, and at which batch.
+        stop_after: so many steps of a run that was meant to be longer.
         ckpt: a checkpoint to go on from; `last` the newest in the folder.
         weights_only: as `--weights-only-resume`.
     """
@@ -148,6 +158,8 @@ def train(
     ranks_per_group = num_ranks if shared_group else 1
     module, names = STAGES[stage](engine, OPTIMIZERS[optimizer], ranks_per_group, extra or {})
     record, keep = Record(), Keep(*names)
+    events: list[Callback] = [StopAfter(stop_after)] if stop_after else []
+    events += [KillAt(*kill)] if kill else []
     torch.manual_seed(1)
     trainer = L.Trainer(
         default_root_dir=folder,
@@ -155,9 +167,9 @@ def train(
         devices=num_ranks,
         strategy=strategy_of(strategy, engines, **(options or {})),
         precision=precision,  # type: ignore[arg-type]
-        max_steps=num_steps,
+        max_steps=NUM_STEPS,
         gradient_clip_val=0.5 if module.automatic_optimization else None,
-        callbacks=[record, keep, *([LastCheckpoint(1)] if saved else []), *([KillAt(*kill)] if kill else [])],
+        callbacks=[record, keep, *([LastCheckpoint(1)] if saved else []), *events],
         logger=False,
         enable_checkpointing=saved,
         enable_progress_bar=False,

@@ -19,7 +19,7 @@ from prism_pl.strategy.checks import check_equal_batches
 from prism_pl.strategy.engine_config import check_names, engine_config, merged
 from prism_pl.strategy.engines import import_deepspeed, networks_of, optimizer_of_each
 from tests.conftest import make_examples
-from tests.stubs import RIGHT, Rows, fit, rlvr_module, weights
+from tests.stubs import RIGHT, Rows, fit, make_rlvr, weights
 
 
 class TwoPlayers(LightningModule):
@@ -69,7 +69,7 @@ def test_strategies_that_cannot_run_several_backward_passes_are_refused_with_one
     with pytest.raises(ValueError, match=r"Lightning's DeepSpeedStrategy, with one engine for one optimiser.*zero2"):
         check_strategy(stock)
     # Before the networks are built.
-    module = rlvr_module(random_policy, [RIGHT])
+    module = make_rlvr(random_policy, [RIGHT])
     module.trainer = Trainer(accelerator="cpu", devices=1, strategy="ddp", logger=False, enable_checkpointing=False)
     module.trainer.state.fn = TrainerFn.FITTING
     with pytest.raises(ValueError, match="runs backward passes of its own"):

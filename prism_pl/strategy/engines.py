@@ -1,6 +1,7 @@
 """What `MultiEngineDeepSpeedStrategy` asks of DeepSpeed (0.19), and how."""
 
 import contextlib
+import importlib
 import logging
 import os
 from argparse import Namespace
@@ -37,14 +38,13 @@ def import_deepspeed(device: torch.device) -> Any:
 def adopt_process_group(local_rank: int) -> None:
     """Let DeepSpeed use the process group that Lightning has made."""
     import deepspeed
-    import deepspeed.comm.torch
 
     os.environ["LOCAL_RANK"] = str(local_rank)  # it insists on it, also where Lightning did not start the process
     backend = torch.distributed.get_backend()
     if backend == "gloo":
         # It would compile an extension for collectives in shared memory that none of ours use, under a lock that a
         # killed run leaves behind: every later run would wait at it forever.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # its name there means torch's own
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
 
 
