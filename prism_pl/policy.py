@@ -15,7 +15,7 @@ from prism_pl.batch import SequenceBatch
 from prism_pl.lora import LoraSpec, add_lora, freeze_adapters, has_lora, whole_parameters
 from prism_pl.processor import Processor
 from prism_pl.strategy.ranks import world_size
-from prism_pl.strategy.sharding import gathered_state, is_first_rank
+from prism_pl.strategy.sharding import build_sharded, builds_sharded, gathered_state, is_first_rank
 
 PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -122,6 +122,13 @@ def build_policy(spec: PolicySpec, freeze: Sequence[str] = ()) -> Any:
 
 def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
     """`kind.from_pretrained` that accepts safetensors only, no missing weight and none of another shape. ValueError."""
+    if builds_sharded():
+        return build_sharded(
+            kind,
+            kind.config_class.from_pretrained(path, trust_remote_code=False),
+            lambda: load_safetensors(kind, path, attn_implementation).state_dict(),
+            attn_implementation=attn_implementation,
+        )
     folder = Path(path)
     if folder.is_dir():
         _check_weight_files(path, list(folder.glob("model*.safetensors")))

@@ -22,14 +22,16 @@ from modules.sft import SFTModule
 from modules.warmup import DiscriminatorModule
 from prism_pl.chat import render
 from prism_pl.checkpoint_files import LastCheckpoints
-from prism_pl.discriminator import DedicatedMoEDiscriminator
+from prism_pl.discriminator import DedicatedMoEDiscriminator, SparseMoEDiscriminator
 from prism_pl.last_checkpoint import LastCheckpoint
+from prism_pl.lora import LoraSpec
 from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import GRPO
 from prism_pl.rollout import TransformersEngine
 from prism_pl.rollout.engine import Sampling
 from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, gathered
 from prism_pl.strategy.weights_only import NetworksOnly
+from prism_pl.updates import KLPenalty
 from tests.conftest import make_examples
 from tests.stubs import MALFORMED, RIGHT, WRONG, Record, ScriptedEngine
 
@@ -43,6 +45,15 @@ SCRIPT = [
     *(WRONG, WRONG, LONG, RIGHT, RIGHT, WRONG, MALFORMED, LONG),
 ]
 NUM_STEPS = 3
+SAMPLING = Sampling(max_tokens=60)
+ON_ROLLOUTS: dict[str, Any] = {
+    "num_rollouts": 4,
+    "micro_batch_tokens": 300,
+    "chunk_tokens": 16,
+    "max_grad_norm": 0.5,
+    "schedule": "linear",
+    "warmup": 1,
+}
 OPTIMIZERS = {"SGD": partial(torch.optim.SGD, lr=0.05), "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)}
 
 
@@ -84,6 +95,30 @@ class KillAt(Callback):
         if trainer.global_rank == self.rank and batch_idx == self.batch:
             (Path(trainer.default_root_dir) / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Poison(Callback):
+    """Makes the gradients of one of a network's weights NaN, on one rank from a batch on."""
+
+    def __init__(self, rank: int, batch: int, network: str) -> None:
+        self.rank, self.batch, self.network = rank, batch, network
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == self.rank and batch_idx == self.batch:
+            norm = getattr(pl_module, self.network).model.language_model.norm
+            norm.register_full_backward_hook(lambda module, grads, outs: tuple(g * float("nan") for g in grads))
+
+
+class Sparse(SparseMoEDiscriminator):
+    """Upcycled with the same random numbers, however they were drawn before."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        super().__init__(POLICY, init_heads=True, dropout=0.0, balance_weight=0.1)
+
+    def _heads(self, path, init_heads):
+        torch.manual_seed(6)
+        return super()._heads(path, init_heads)
 
 
 class StopAfter(Callback):
@@ -133,6 +168,10 @@ def train(
     kill: tuple[int, int] | None = None,
     ckpt: str | None = None,
     weights_only: bool = False,
+    poison: tuple[int, int, str] | None = None,
+    sparse: bool = False,
+    lora: bool = False,
+    kl: dict[str, Any] | None = None,
     stop_after: int | None = None,
 ) -> None:
     """Train a stage, and leave `told.pt`: what each step logged, and the weights at the end.
@@ -143,6 +182,10 @@ def train(
         extra: of the module.
         saved: keep the last checkpoints, of every step.
         kill: the rank to kill, and at which batch.
+        poison: the rank and the batch at which a network's gradients become NaN, and the network.
+        sparse: the release's discriminator, with a router.
+        lora: train adapters of the policy.
+        kl: `KLPenalty`.
         stop_after: so many steps of a run that was meant to be longer.
         ckpt: a checkpoint to go on from; `last` the newest in the folder.
         weights_only: as `--weights-only-resume`.
@@ -156,10 +199,14 @@ def train(
     mine = [script[s * size + rank * share + i] for s in range(NUM_STEPS) for i in range(share)]
     engine = TransformersEngine() if sampled else Replayed(mine)
     ranks_per_group = num_ranks if shared_group else 1
-    module, names = STAGES[stage](engine, OPTIMIZERS[optimizer], ranks_per_group, extra or {})
+    extra = (extra or {}) | ({"kl": KLPenalty(**kl)} if kl else {})
+    policy = PolicySpec(POLICY, lora=LoraSpec(rank=4) if lora else None)
+    judge = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
+    module, names = STAGES[stage](policy, judge, engine, OPTIMIZERS[optimizer], ranks_per_group, extra)
     record, keep = Record(), Keep(*names)
     events: list[Callback] = [StopAfter(stop_after)] if stop_after else []
     events += [KillAt(*kill)] if kill else []
+    events += [Poison(*poison)] if poison else []
     torch.manual_seed(1)
     trainer = L.Trainer(
         default_root_dir=folder,
@@ -188,53 +235,25 @@ def train(
         torch.save({"steps": steps, "weights": keep.weights}, folder / "told.pt")
 
 
-def _align(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
-    settings: dict[str, Any] = {
-        "num_rollouts": 4,
-        "ranks_per_group": ranks_per_group,
-        "micro_batch_tokens": 300,
-        "chunk_tokens": 16,
-        "max_grad_norm": 0.5,
-        "discriminator_max_grad_norm": 0.5,
-        "schedule": "linear",
-        "warmup": 1,
-    }
-    discriminator = partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
-    sampling = Sampling(max_tokens=60)
-    module = AdversarialAlignModule(
-        PolicySpec(POLICY), discriminator, engine, optimizer, optimizer, sampling, **(settings | extra)
-    )
+def _align(policy: Any, judge: Any, engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+    settings = ON_ROLLOUTS | {"ranks_per_group": ranks_per_group, "discriminator_max_grad_norm": 0.5} | extra
+    module = AdversarialAlignModule(policy, judge, engine, optimizer, optimizer, SAMPLING, **settings)
     return module, ("policy", "discriminator")
 
 
-def _rlvr(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
-    settings: dict[str, Any] = {
-        "num_rollouts": 4,
-        "ranks_per_group": ranks_per_group,
-        "policy_loss": GRPO(),
-        "micro_batch_tokens": 300,
-        "chunk_tokens": 16,
-        "max_grad_norm": 0.5,
-        "schedule": "linear",
-        "warmup": 1,
-    }
-    sampling = Sampling(max_tokens=60)
-    return RLVRModule(PolicySpec(POLICY), engine, optimizer, sampling, **(settings | extra)), ("policy",)
+def _rlvr(policy: Any, judge: Any, engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+    settings = ON_ROLLOUTS | {"ranks_per_group": ranks_per_group, "policy_loss": GRPO()} | extra
+    return RLVRModule(policy, engine, optimizer, SAMPLING, **settings), ("policy",)
 
 
-def _sft(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+def _sft(policy: Any, judge: Any, engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
     settings: dict[str, Any] = {"micro_batch_tokens": 150, "chunk_tokens": 16, "schedule": "linear", "freeze": ()}
-    return SFTModule(PolicySpec(POLICY), optimizer, **(settings | extra)), ("policy",)
+    return SFTModule(policy, optimizer, **(settings | extra)), ("policy",)
 
 
-def _warmup(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+def _warmup(policy: Any, judge: Any, engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
     settings: dict[str, Any] = {"num_rollouts": 4, "micro_batch_tokens": 300, "ceiling": None, "schedule": "linear"}
-    discriminator = partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
-    sampling = Sampling(max_tokens=60)
-    module = DiscriminatorModule(
-        PolicySpec(POLICY), discriminator, engine, optimizer, sampling, **(settings | extra)
-    )
-    return module, ("discriminator",)
+    return DiscriminatorModule(policy, judge, engine, optimizer, SAMPLING, **(settings | extra)), ("discriminator",)
 
 
 STAGES = {"align": _align, "rlvr": _rlvr, "sft": _sft, "warmup": _warmup}

@@ -86,6 +86,62 @@ def test_bf16_steps_on_float32_master_weights(told_of, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("option", ["park_optimizer_states", "offload_optimizer"])
+def test_states_that_lie_elsewhere_between_steps_step_alike(told_of, stage, option):
+    told = told_of(2, strategy=stage, optimizer="AdamW", options={option: True})
+    assert_same_training(told, told_of(1, optimizer="AdamW"), **tolerances("AdamW"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_that_route_to_other_experts_train_what_one_process_trains(told_of, stage):
+    told = told_of(2, strategy=stage, sparse=True)
+    assert_same_training(told, told_of(1, sparse=True), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_reference_is_whole_on_every_rank(told_of, stage):
+    kl = {"coefficient": 0.5, "place": "loss", "kind": "k2"}
+    told = told_of(2, strategy=stage, kl=kl)
+    assert_same_training(told, told_of(1, kl=kl), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["policy", "discriminator"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_and_names_the_rows(ranks, tmp_path, stage, network):
+    codes, screen = ranks.codes(tmp_path, 2, strategy=stage, poison=(1, 1, network))
+    assert codes == [1, 1]
+    assert screen.count(f"ValueError: the {network}'s gradient norm is not finite") == 2
+    assert "This network took no step" in screen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_under_automatic_optimisation_too(ranks, tmp_path, stage):
+    codes, screen = ranks.codes(tmp_path, 2, stage="sft", strategy=stage, poison=(1, 1, "policy"))
+    assert codes == [1, 1]
+    assert screen.count("ValueError: the policy's gradient norm is not finite") == 2
+    assert "batch of rows row-" in screen
+
+
+@pytest.mark.slow
+def test_lora_at_stage_3_is_one_line(ranks, tmp_path):
+    codes, screen = ranks.codes(tmp_path, 2, strategy=3, lora=True)
+    assert codes == [1, 1]
+    assert "ZeRO-3 with policy.lora is not supported: adapters are small, set stage 2" in screen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_adapters_train_what_one_process_trains(told_of, stage):
+    told = told_of(2, strategy=stage, lora=True)
+    assert_same_training(told, told_of(1, lora=True), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_ranks_sample_from_the_policy_as_it_is(ranks, tmp_path, stage):
     # Each token of a sharded policy gathers its weights; ranks differ in when their rollouts end. The probe after each
     # step compares the engine with the trainer.

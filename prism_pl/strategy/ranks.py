@@ -1,5 +1,8 @@
 """Counts and groups over all ranks of a run. Where nothing is distributed there is one rank."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,3 +58,35 @@ def own_part(values_PG: Tensor, num_ranks: int) -> Tensor:
     if num_ranks == 1:
         return values_PG
     return values_PG.chunk(num_ranks, dim=1)[torch.distributed.get_rank() % num_ranks]
+
+
+def on_first_rank(act: Callable[[], Any]) -> Any:
+    """Act on the first rank alone, once all have come here and while they wait for it.
+
+    Returns:
+        A plain value of `act`, on every rank. What stops the first is an error on all of them.
+    """
+    if not torch.distributed.is_initialized():
+        return act()
+    gathered_values(None)
+    value, error = None, None
+    if torch.distributed.get_rank() == 0:
+        try:
+            value = act()
+        except Exception as raised:
+            error = raised
+    value, reason = gathered_values((value, None if error is None else f"{type(error).__name__}: {error}"))[0]
+    if error is not None:
+        raise error
+    if reason is not None:
+        raise RuntimeError(f"the first process of the run stopped: {reason}")
+    return value
+
+
+def gathered_values(value: Any) -> list[Any]:
+    """A plain value of every rank, in order; of this one alone where nothing is distributed."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

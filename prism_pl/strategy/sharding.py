@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prism_pl.strategy.ranks import on_first_rank
+
 
 def is_sharded(weights: nn.Module | Tensor) -> bool:
     """Whether a parameter, or any of a module, is sharded by ZeRO-3."""
@@ -88,11 +90,16 @@ def gathered_state(state: Mapping[str, Tensor], dtype: torch.dtype, bucket: int 
 
 
 @torch.no_grad()
-def load_whole_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load whole weights into a module, sharded or not; names that are not in `state` stay as they are. Every rank comes
-    here with the same."""
+def load_whole_state(module: nn.Module, state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
+    """Load whole weights into a module, sharded or not. Every rank comes here with the same names; of sharded weights the
+    first rank's values go to all.
+
+    Args:
+        names: what to load; None: all that is in `state`.
+    """
+    wanted = set(state if names is None else names)
     for name, target in module.state_dict(keep_vars=True).items():
-        if name not in state:
+        if name not in wanted:
             continue
         if not is_sharded(target):
             target.copy_(state[name])
@@ -102,6 +109,32 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
             if is_first_rank():
                 target.copy_(state[name])
+
+
+def builds_sharded() -> bool:
+    """Whether what transformers builds now comes into being sharded: inside `building` at ZeRO-3."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
+def build_sharded(kind: Any, config: Any, weights: Callable[[], Mapping[str, Tensor]], **options: Any) -> Any:
+    """A sharded model of transformers with whole weights that the first rank alone holds, in its CPU's memory.
+
+    transformers itself would read all files on every rank, and looks at the shapes of weights that are sharded away:
+    experts of a mixture come out transposed.
+
+    Args:
+        kind: the class.
+        weights: gives a state dict; called on the first rank.
+        options: of the class, such as `attn_implementation`.
+    """
+    whole: dict[str, Tensor] = {}
+    with whole_construction():
+        on_first_rank(lambda: whole.update(weights()))
+    model = kind._from_config(config, dtype=torch.float32, **options)
+    load_whole_state(model, whole, names=model.state_dict())
+    return model
 
 
 def inside(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
