@@ -187,7 +187,8 @@ class AdversarialAlignModule(LightningModule):
         return self._output(batch, rollouts, scores, demonstration_scores, rewards_PG)
 
     def _sample(self, batch: PromptBatch) -> tuple[list[Rollout], SequenceBatch, Tensor]:
-        """This rank's G / ranks_per_group rollouts a prompt, the trainer's tensors of them, and the sampler's log-probabilities, (B, T)."""
+        """This rank's G / ranks_per_group rollouts a prompt, the trainer's tensors of them, and the sampler's
+        log-probabilities, (B, T)."""
         check_same_prompts(batch.ids, self.ranks_per_group, self.device)
         rollouts = self.rollout.generate(batch.examples, self.num_rollouts, self.sampling)
         made = rollout_batch(self.processor, batch.prompts, rollouts, self.num_rollouts)
@@ -268,9 +269,7 @@ class AdversarialAlignModule(LightningModule):
                 loss = self._discriminator_loss(batch, rollouts)
                 check_finite(loss, "align/discriminator_loss", batch.ids)
                 self.manual_backward(loss)
-                norm = step_network(
-                    self, "discriminator", optimizer, self.discriminator_max_grad_norm, batch.ids
-                )
+                norm = step_network(self, "discriminator", optimizer, self.discriminator_max_grad_norm, batch.ids)
         self.log("align/discriminator_loss", loss.detach(), batch_size=1, sync_dist=True)
         self.log("align/grad_norm/discriminator", norm, batch_size=1)
 

@@ -6,7 +6,8 @@
         next.ckpt              whole, and to become last.ckpt once the logs of its step are on the disk
         *.partial              being written; a kill leaves it behind, and the next start removes it
 
-`last.ckpt` may be a folder, of several engines (`prism_pl.strategy.folder_checkpoint`). Not one of these names ever stands for half a checkpoint.
+`last.ckpt` may be a folder, of several engines (`prism_pl.strategy.folder_checkpoint`). Not one of these names ever
+stands for half a checkpoint.
 """
 
 import errno

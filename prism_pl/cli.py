@@ -186,7 +186,8 @@ class PrismCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         files = config.get("config") or []
         names = [stage_of(Path(str(file.absolute))) for file in files]
-        # How a run is spread over devices is no other run: its folder is the same, and it is told where it cannot go on.
+        # How a run is spread over devices is no other run: its folder is the same, and it is told where it cannot go
+        # on.
         stage = "+".join(name for name in names if not name.startswith("strategy/")) or str(self.subcommand)
         if self.subcommand == "fit" and str(config.trainer.precision) in HALF_WEIGHTS:
             raise UsageError(

@@ -34,7 +34,8 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def pop(self) -> dict[str, float]:
-        """Of each phase since the last call: seconds as `time/<phase>`, and on a GPU `memory/<phase>`, the peak in GiB."""
+        """Of each phase since the last call: seconds as `time/<phase>`, and on a GPU `memory/<phase>`, the peak in
+        GiB."""
         told = {f"time/{name}": value for name, value in self._seconds.items()}
         told |= {f"memory/{name}": value for name, value in self._gib.items()}
         self._seconds, self._gib = {}, {}

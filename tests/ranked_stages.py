@@ -1,4 +1,4 @@
-"""What `tests.ranks` trains: each stage for a few steps on replayed rollouts, the same data however many ranks there are.
+"""What `tests.ranks` trains: each stage for a few steps on replayed rollouts, the same data for any number of ranks.
 
 Over a run come a row without an image, which only one of two ranks has in its step, ranks with longer responses than
 others, and a step in which all of one rank's rollouts are malformed.

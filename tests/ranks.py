@@ -20,14 +20,20 @@ class Ranks:
     """Starts trainings. `close` ends the process that they are forked from."""
 
     def __init__(self) -> None:
-        variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        variables = {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+        }
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.ranks"], cwd=ROOT, env=os.environ | variables, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def __call__(self, folder: Path, num_ranks: int, **options: Any) -> dict[str, Any]:
-        """What the first rank tells of a training (see `train`). AssertionError with their output where a rank failed."""
+        """What the first rank tells of a training (see `train`). AssertionError with their output where a rank
+        failed."""
         codes, screen = self.codes(folder, num_ranks, **options)
         assert codes == [0] * num_ranks, screen
         import torch

@@ -1,4 +1,4 @@
-"""Checkpoints of several engines: a resumed run is the whole one, on as many ranks to the last bit, on others nearly."""
+"""Checkpoints of several engines: a resumed run is the whole one, on as many ranks to the last bit."""
 
 import os
 import shutil

@@ -11,7 +11,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from modules.align import AdversarialAlignModule
 from modules.sft import SFTModule
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, check_strategy, check_trainer, training_only
@@ -124,7 +123,7 @@ def test_each_optimiser_belongs_to_the_one_network_of_its_parameters():
     assert list(networks) == ["policy", "discriminator"]
     policy, discriminator = (torch.optim.SGD(n.parameters(), lr=1.0) for n in networks.values())
     assert optimizer_of_each([discriminator, policy], networks) == {"policy": policy, "discriminator": discriminator}
-    with pytest.raises(ValueError, match="discriminator and policy: give each network its own"):
+    with pytest.raises(ValueError, match="discriminator and policy: give each network one of its own"):
         optimizer_of_each([torch.optim.SGD(module.parameters(), lr=1.0)], networks)
     with pytest.raises(ValueError, match="discriminator wants gradients and has no optimiser"):
         optimizer_of_each([policy], networks)

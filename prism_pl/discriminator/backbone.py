@@ -180,9 +180,7 @@ class BackboneDiscriminator(Discriminator):
         before_BT = layout.place_of_BS.gather(1, (batch.response_index_BT - 1).clamp_min(0))
         # In float32 also under bf16 autocast, as the heads: a false word among forty moves the mean by little.
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            logps, _ = head_logps(
-                hidden_NH[before_BT[mask_BT]].float(), embeddings, batch.response_ids_BT[mask_BT]
-            )
+            logps, _ = head_logps(hidden_NH[before_BT[mask_BT]].float(), embeddings, batch.response_ids_BT[mask_BT])
         logps_BT = torch.zeros(mask_BT.shape, device=logps.device).masked_scatter(mask_BT, logps)
         return logps_BT.sum(-1) / mask_BT.sum(-1)
 

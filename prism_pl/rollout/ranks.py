@@ -48,8 +48,8 @@ def check_same_number(num_rows: int, device: torch.device) -> None:
     number = torch.tensor(num_rows, device=device)
     if int(global_max(number)) != int(global_min(number)):
         raise ValueError(
-            f"one rank is asked for {num_rows} rollouts, another for a different number: at ZeRO-3 this engine needs as "
-            "many on each. Set the policy's stage to 2, or take another engine"
+            f"one rank is asked for {num_rows} rollouts, another for a different number: at ZeRO-3 this engine needs "
+            "as many on each. Set the policy's stage to 2, or take another engine"
         )
 
 

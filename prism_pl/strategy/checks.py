@@ -36,7 +36,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies that a stage with its own backward passes cannot be trained under. ValueError names one that can.
+    """Refuse strategies that cannot train a stage with its own backward passes. ValueError names one that can.
 
     Such a stage runs several backward passes a step, of micro-batches and of two players, each through a part of the
     module. Lightning's DeepSpeedStrategy has one engine, for one optimiser, and counts backward passes; DDP waits for
@@ -53,7 +53,8 @@ def check_strategy(strategy: Strategy) -> None:
         return
     raise ValueError(
         f"trainer.strategy is {type(strategy).__name__}, and this stage runs backward passes of its own through parts "
-        f"of the module. Use --config strategy/ddp.yaml (which finds unused parameters), or {OURS} (strategy/zero2.yaml)"
+        "of the module. Use --config strategy/ddp.yaml (which finds unused parameters), or --config "
+        f"strategy/zero2.yaml ({OURS})"
     )
 
 
@@ -62,8 +63,8 @@ def _finds_unused(strategy: DDPStrategy) -> bool:
 
 
 def check_equal_batches(batch: Any, device: torch.device) -> None:
-    """ValueError where ranks were given batches of different sizes: their losses are averaged over ranks, and a step has
-    as many backward passes on each."""
+    """ValueError where ranks were given batches of different sizes: their losses are averaged over ranks, and a step
+    has as many backward passes on each."""
     if not isinstance(batch, Sized) or not torch.distributed.is_initialized():
         return
     size = torch.tensor([len(batch), -len(batch)], device=device)

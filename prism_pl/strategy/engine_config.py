@@ -100,7 +100,8 @@ def engine_config(name: str, options: EngineOptions, *, on_gpu: bool) -> dict[st
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one, for its own throughput log
         "gradient_accumulation_steps": 1,
         # We say when a step is, so that any number of backward passes may come before it. At stage 0 DeepSpeed's
-        # accumulation is plain addition, and managing it lets us look at the gradients' norm between reduction and step.
+        # accumulation is plain addition, and managing it lets us look at the gradients' norm between reduction and
+        # step.
         "managed_gradient_accumulation": stage == 0,
         "gradient_clipping": 0.0,  # set before each step
         "zero_optimization": zero,

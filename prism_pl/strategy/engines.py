@@ -56,7 +56,8 @@ def end_with_the_first_rank(local_rank: int) -> None:
 
 @contextlib.contextmanager
 def sharded_construction(config: dict[str, Any]) -> Iterator[None]:
-    """transformers builds and loads sharded what is built inside. The flag is the process's: it must not outlast this."""
+    """transformers builds and loads sharded what is built inside. The flag is the process's: it must not outlast
+    this."""
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -91,7 +92,8 @@ def optimizer_of_each(optimizers: Sequence[Optimizer], networks: Mapping[str, nn
         names = {owner[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
         if len(names) != 1:
             raise ValueError(
-                f"an optimiser has parameters of {' and '.join(sorted(names)) or 'no network'}: give each network its own"
+                f"an optimiser has parameters of {' and '.join(sorted(names)) or 'no network'}: give each network one "
+                "of its own"
             )
         name = names.pop()
         if name in found:
@@ -160,7 +162,8 @@ def backward(engine: Any, loss: Tensor) -> None:
     """Add a loss's gradients to those that wait for the step.
 
     A loss is made of several calls of the network and its parts, some of them under activation checkpointing, so the
-    engine's own forward never runs. What it does for the backward pass is to tell the optimiser that another one begins.
+    engine's own forward never runs. What it does for the backward pass is to tell the optimiser that another one
+    begins.
     """
     if engine.zero_optimization():
         engine.optimizer.clear_backward_seen_flag()

@@ -1,10 +1,10 @@
 """A checkpoint of several engines: one folder, written whole or not at all.
 
-    last.ckpt/
-        manifest.json       ranks, and the ZeRO stage of each engine
-        rank-0.ckpt ...     Lightning's state on each rank: loops, callbacks, random numbers, what is in no engine
-        policy/shards/      DeepSpeed's files of that engine: weights, and the optimiser's state of each rank
-        discriminator/shards/
+last.ckpt/
+    manifest.json       ranks, and the ZeRO stage of each engine
+    rank-0.ckpt ...     Lightning's state on each rank: loops, callbacks, random numbers, what is in no engine
+    policy/shards/      DeepSpeed's files of that engine: weights, and the optimiser's state of each rank
+    discriminator/shards/
 """
 
 import json
@@ -91,8 +91,8 @@ class FolderCheckpoint:
         self.recut = manifest["ranks"] != world or manifest["stages"] != stages
         if self.recut and 0 in (*stages.values(), *manifest["stages"].values()):
             raise UsageError(
-                f"{path} is of {manifest['ranks']} processes with {_shown(manifest['stages'])}, and this run has {world} "
-                f"with {_shown(stages)}: what stage 0 saves cannot be cut anew. Start as the run was, or go on with "
+                f"{path} is of {manifest['ranks']} processes with {_shown(manifest['stages'])}, and this run has "
+                f"{world} with {_shown(stages)}: what stage 0 saves cannot be cut anew. Start as the run was, or go on with "
                 "--weights-only-resume, which begins the optimisers anew"
             )
         self.loaded = path
@@ -140,8 +140,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def consolidated(path: Path) -> dict[str, Any]:
-    """Lightning's state of the first rank, with the engines' whole weights in `state_dict`: float32, in the CPU's memory.
-    Needs no process group."""
+    """Lightning's state of the first rank, with the engines' whole weights in `state_dict`: float32, in the CPU's
+    memory. Needs no process group."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     manifest = read_manifest(path)

@@ -1,9 +1,9 @@
 """DeepSpeed under Lightning with one engine for each trained network, so that two players train side by side.
 
-Lightning's own DeepSpeedStrategy wraps the whole module into one engine with one optimiser. Here the networks stay plain
-attributes of the module, with their names and methods, and an engine stands behind each: it holds the optimiser's state,
-reduces gradients and shards. Lightning keeps optimisers and schedulers, whose parameter groups DeepSpeed reads; the step
-goes to the engine.
+Lightning's own DeepSpeedStrategy wraps the whole module into one engine with one optimiser. Here the networks stay
+plain attributes of the module, with their names and methods, and an engine stands behind each: it holds the optimiser's
+state, reduces gradients and shards. Lightning keeps optimisers and schedulers, whose parameter groups DeepSpeed reads;
+the step goes to the engine.
 
 Named in YAML: `trainer.strategy.class_path: prism_pl.strategy.MultiEngineDeepSpeedStrategy`.
 """
@@ -14,7 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
@@ -37,7 +36,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
     Args:
         stage, offload_optimizer, offload_params, precision, config: of every engine, see `EngineOptions`. None for the
             precision follows trainer.precision.
-        engines: what differs for a network, by its name in the module: `{policy: {stage: 3}, discriminator: {stage: 1}}`.
+        engines: what differs for a network, by its name in the module: `{policy: {stage: 3}}`.
         park_optimizer_states: keep each player's optimiser state in pinned CPU memory but for its own step. Two players
             then need the GPU memory of one, at the price of a copy each way a step.
         timeout_minutes: how long a rank waits for the others before the run ends with an error. The longest wait is for
@@ -224,8 +223,8 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         self.saved.save(checkpoint, Path(self.broadcast(str(filepath))))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Lightning's part of a checkpoint folder; the networks' shards follow in `setup`, when there are engines. Outside
-        of training, and where only the networks are wanted, all weights are in it."""
+        """Lightning's part of a checkpoint folder; the networks' shards follow in `setup`, when there are engines.
+        Outside of training, and where only the networks are wanted, all weights are in it."""
         path = Path(checkpoint_path)
         if isinstance(self.checkpoint_io, NetworksOnly) or not self._is_fitting:
             return NetworksOnly(self.checkpoint_io).load_checkpoint(path)

@@ -1,7 +1,7 @@
 """Going on with another number of ranks or other stages of ZeRO: DeepSpeed's universal checkpoints.
 
-Its shards are cut for one number of ranks. Converted, each parameter's weight and optimiser state lies whole in files of
-its own, of which every rank then takes its part.
+Its shards are cut for one number of ranks. Converted, each parameter's weight and optimiser state lies whole in files
+of its own, of which every rank then takes its part.
 """
 
 from argparse import Namespace
@@ -12,8 +12,8 @@ from prism_pl.checkpoint_files import remove
 
 
 def convert(source: Path, target: Path, names: Iterable[str], tag: str) -> None:
-    """Write universal checkpoints of engines' shards, `source/<name>/<tag>`, to `target/<name>/<tag>`. One process does;
-    it takes as much room again as the shards."""
+    """Write universal checkpoints of engines' shards, `source/<name>/<tag>`, to `target/<name>/<tag>`. One process
+    does; it takes as much room again as the shards."""
     from deepspeed.checkpoint import ds_to_universal
 
     remove(target)

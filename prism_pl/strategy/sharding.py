@@ -62,8 +62,8 @@ def is_first_rank() -> bool:
 
 
 def gathered_state(state: Mapping[str, Tensor], dtype: torch.dtype, bucket: int = 50_000_000) -> dict[str, Tensor]:
-    """A state dict cast to `dtype`, for a file. Whole tensors stay where they are. Sharded ones are made whole bucket by
-    bucket, which every rank must come to, and kept on the first rank alone, in the CPU's memory.
+    """A state dict cast to `dtype`, for a file. Whole tensors stay where they are. Sharded ones are made whole bucket
+    by bucket, which every rank must come to, and kept on the first rank alone, in the CPU's memory.
 
     Args:
         state: parameters as such, not detached, so that sharded ones are known.
@@ -91,8 +91,8 @@ def gathered_state(state: Mapping[str, Tensor], dtype: torch.dtype, bucket: int 
 
 @torch.no_grad()
 def load_whole_state(module: nn.Module, state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
-    """Load whole weights into a module, sharded or not. Every rank comes here with the same names; of sharded weights the
-    first rank's values go to all.
+    """Load whole weights into a module, sharded or not. Every rank comes here with the same names; of sharded weights
+    the first rank's values go to all.
 
     Args:
         names: what to load; None: all that is in `state`.
@@ -141,8 +141,8 @@ def inside(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)` as the forward pass of `module`: the hooks on the module's call hold around all of it, once.
 
     For a function that reads the module's weights itself, or calls parts of the module. ZeRO-3 gathers weights in those
-    hooks, and a function that calls the module as often as its rank's data is long would gather more often than on other
-    ranks, which waits forever.
+    hooks, and a function that calls the module as often as its rank's data is long would gather more often than on
+    other ranks, which waits forever.
     """
     module.forward = function
     try:

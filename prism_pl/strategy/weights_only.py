@@ -1,4 +1,4 @@
-"""Going on with the networks of a checkpoint where the rest of it does not fit: other strategy, other number of ranks."""
+"""Going on with the networks of a checkpoint where the rest of it does not fit: another strategy, other ranks."""
 
 from pathlib import Path
 from typing import Any
