@@ -92,8 +92,8 @@ class FolderCheckpoint:
         if self.recut and 0 in (*stages.values(), *manifest["stages"].values()):
             raise UsageError(
                 f"{path} is of {manifest['ranks']} processes with {_shown(manifest['stages'])}, and this run has "
-                f"{world} with {_shown(stages)}: what stage 0 saves cannot be cut anew. Start as the run was, or go on with "
-                "--weights-only-resume, which begins the optimisers anew"
+                f"{world} with {_shown(stages)}: what stage 0 saves cannot be cut anew. Start as the run was, or go on "
+                "with --weights-only-resume, which begins the optimisers anew"
             )
         self.loaded = path
         rank = min(self.strategy.global_rank, manifest["ranks"] - 1)

@@ -18,8 +18,8 @@ from prism_pl.strategy.multi_engine import MultiEngineDeepSpeedStrategy
 @contextmanager
 def building(module: LightningModule, name: str, frozen: bool = False) -> Iterator[None]:
     """Around what builds the network `module.<name>` in `configure_model`: at ZeRO-3 it comes into being sharded,
-    unless it is never trained and `frozen`. Nothing
-    without a trainer. ValueError where the strategy cannot train a module that runs its own backward passes."""
+    unless it is never trained and `frozen`. Nothing without a trainer. ValueError
+    where the strategy cannot train a module that runs its own backward passes."""
     trainer = module._trainer
     if trainer is None:
         yield
