@@ -34,7 +34,11 @@ setup(
     package_dir={"": "."},
     packages=[
         "prism_pl",
+        "prism_pl.ablations",
+        "prism_pl.benchmarks",
+        "prism_pl.data",
         "prism_pl.discriminator",
+        "prism_pl.health",
         "prism_pl.metrics",
         "prism_pl.pipeline",
         "prism_pl.report",

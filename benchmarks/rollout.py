@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from prism_pl.batch import Example  # noqa: E402
+from prism_pl.images import open_image  # noqa: E402
 from prism_pl.logprobs import token_logps  # noqa: E402
 from prism_pl.policy import PolicySpec, build_policy  # noqa: E402
-from prism_pl.processor import Processor, open_image  # noqa: E402
+from prism_pl.processor import Processor  # noqa: E402
 from prism_pl.rollout import Rollout, Sampling, TransformersEngine, VLLMEngine, rollout_batch  # noqa: E402
 from prism_pl.rollout.transformers_engine import left_padded  # noqa: E402
 

@@ -18,6 +18,9 @@ class StructuralProxies(Callback):
     valid responses, and the Wasserstein-1 distance between the two sides' counts. Without demonstrations only the
     policy's mean is logged; without a valid response it is NaN.
 
+    Over each validation with demonstrations it logs `proxies/{descriptive_items,reasoning_steps}/val_drift`, see
+    `prism_pl.metrics.StructureDrift`, and their mean, `proxies/val_drift`, which `callbacks.Export` can choose by.
+
     Args:
         rule: how items are counted, see `prism_pl.metrics.counting`; named in TensorBoard's text tab.
         every_n_steps: how often to log, from the first step on.
@@ -32,6 +35,7 @@ class StructuralProxies(Callback):
         self.rule: Rule = rule
         self.every_n_steps = every_n_steps
         self.window: deque[tuple[list[str], list[str]]] = deque(maxlen=window)
+        self._validation: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for writer in tensorboard_writers(trainer):
@@ -61,6 +65,35 @@ class StructuralProxies(Callback):
         pl_module.log_dict(scalars, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in scalars.items()}, step)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        from prism_pl.metrics import StructureDrift
+
+        found = step_output(outputs, ("rollouts",), "StructuralProxies")
+        if not found.get("demonstrations"):
+            return
+        for name, segment in PROXIES.items():
+            if name not in self._validation:
+                self._validation[name] = StructureDrift(self.rule, segment).to(pl_module.device)
+            self._validation[name].update(policy=found["rollouts"], supervision=found["demonstrations"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._validation:
+            return
+        drifts = {name: metric.compute()["drift"] for name, metric in self._validation.items()}
+        pl_module.log_dict({f"proxies/{name}/val_drift": drift for name, drift in drifts.items()})
+        pl_module.log("proxies/val_drift", sum(drifts.values()) / len(drifts))
 
     def state_dict(self) -> dict[str, Any]:
         """The window, so that a resumed run logs what the whole one would have."""

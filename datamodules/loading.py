@@ -55,17 +55,23 @@ class ResumableLoader(DataLoader):
 
 
 def train_loader(
-    rows: Dataset[Example],
+    rows: Dataset[Any],
     trainer: L.Trainer,
     collator: Callable[[list[Example]], Any],
     *,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     num_workers: int = 0,
 ) -> ResumableLoader:
     """Shuffled batches of `rows` for this process; an incomplete last batch is left out, so that all ranks do the same
-    number of steps. Ranks that share groups (`ranks_per_group` of the module) get the same rows. Raises ValueError when
-    there is not one full batch for each process."""
+    number of steps. Ranks that share groups (`ranks_per_group` of the module) get the same rows.
+
+    Args:
+        batch_size: None where the rows are batches already (`datamodules.batching.Batches`).
+
+    Raises:
+        ValueError: there is not one full batch for each process.
+    """
     ranks = trainer.lightning_module.hparams.get("ranks_per_group", 1)
     sampler = ShuffledSampler(
         rows,
@@ -74,7 +80,7 @@ def train_loader(
         seed=seed,
         drop_last=trainer.world_size > ranks,
     )
-    if len(sampler) < batch_size:
+    if len(sampler) < (batch_size or 1):
         raise ValueError(
             f"batch_size is {batch_size}, but each of {trainer.world_size} processes has only {len(sampler)} training "
             "rows: give a smaller batch_size or more rows"
@@ -85,6 +91,6 @@ def train_loader(
         sampler=sampler,
         collate_fn=collator,
         num_workers=num_workers,
-        drop_last=True,
+        drop_last=batch_size is not None,
         worker_init_fn=leave_to_the_run,
     )

@@ -15,14 +15,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from prism_pl.advantages import paper_advantages, released_advantages
+from prism_pl.advantages import Mixing, mixed_rewards, variance_shares
 from prism_pl.aggregation import Metrics
 from prism_pl.batch import SequenceBatch
 from prism_pl.batch_draws import BatchDraws
-from prism_pl.chat import EXPERTS, parse
+from prism_pl.chat import parse
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
+from prism_pl.credit import Credit, check_credit, credited_advantages
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
+from prism_pl.governor import Governor, Plan, pair_accuracy, scaled_rate
 from prism_pl.lora import whole_parameters
 from prism_pl.losses import soft_clip
 from prism_pl.mismatch import MismatchCorrection
@@ -45,7 +47,8 @@ from prism_pl.rollout_stage import (
     trained_mask,
     warn_inert_kl,
 )
-from prism_pl.strategy import building, check_trainer, own_part, share, step_network, training_only, whole_groups
+from prism_pl.row_needs import RowNeeds
+from prism_pl.strategy import building, check_trainer, share, step_network, training_only, whole_groups
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
 
@@ -63,12 +66,16 @@ class AdversarialAlignModule(LightningModule):
         ranks_per_group: how many neighbouring ranks share a group: 4 prompts x 16 on 8 ranks is 2, a batch_size of 1.
         advantage: `paper` mixes the experts' scores and then normalises over the group, `released` the other way round.
         alpha: weight of the perception expert.
+        credit: `response` gives all tokens of a rollout the same advantage, `segment` caption tokens the perception
+            expert's and the others the reasoning expert's, see `prism_pl.credit`.
         malformed_penalty: taken off the advantage of malformed responses (`released` only).
         policy_loss: how advantages become a gradient.
         mismatch: of sampler and trainer; None corrects it where the sampler runs below float32, see
             `prism_pl.mismatch`.
         kl: a pull towards the starting policy; off by default.
         discriminator_every, discriminator_steps: every how many policy steps the discriminator learns, and how often.
+        governor: keeps the discriminator's accuracy in a band by skipping, adding or scaling these steps; off by
+            default, as published.
         score_l2, score_clip, label_smoothing: of the discriminator's loss; the clip is soft, it always has a gradient.
         schedule, warmup: of both learning rates, in policy steps.
         max_grad_norm, discriminator_max_grad_norm: gradient clipping of each player; None only measures.
@@ -77,6 +84,8 @@ class AdversarialAlignModule(LightningModule):
         chunk_tokens: response tokens whose logits exist at once.
         export_dtype: of the exported policy.
     """
+
+    row_needs = RowNeeds(demonstration=True)
 
     def __init__(
         self,
@@ -88,14 +97,16 @@ class AdversarialAlignModule(LightningModule):
         sampling: Sampling,
         num_rollouts: int = 16,
         ranks_per_group: int = 1,
-        advantage: Literal["paper", "released"] = "paper",
+        advantage: Mixing = "paper",
         alpha: float = 0.5,
+        credit: Credit = "response",
         malformed_penalty: float = 1.5,
         policy_loss: PolicyLoss | None = None,
         mismatch: MismatchCorrection | None = None,
         kl: KLPenalty | None = None,
         discriminator_every: int = 1,
         discriminator_steps: int = 1,
+        governor: Governor | None = None,
         score_l2: float = 0.001,
         score_clip: float | None = 10.0,
         label_smoothing: float = 0.0,
@@ -123,12 +134,15 @@ class AdversarialAlignModule(LightningModule):
         self.rollout, self.sampling = rollout, sampling
         self.ranks_per_group, self.num_rollouts = ranks_per_group, num_rollouts // ranks_per_group
         self.policy_optimizer, self.discriminator_optimizer = policy_optimizer, discriminator_optimizer
-        self.advantage, self.alpha, self.malformed_penalty = advantage, alpha, malformed_penalty
+        self.advantage: Mixing = advantage
+        self.credit: Credit = credit
+        self.alpha, self.malformed_penalty = alpha, malformed_penalty
         self.policy_loss = policy_loss or ReleasedGRPO()
         self.mismatch = mismatch or MismatchCorrection()
         warn_inert_kl(kl)
         self.kl = kl or KLPenalty()
         self.discriminator_every, self.discriminator_steps = discriminator_every, discriminator_steps
+        self.governor = governor
         self.score_l2, self.score_clip, self.label_smoothing = score_l2, score_clip, label_smoothing
         self.schedule: Schedule = schedule
         self.warmup = warmup
@@ -151,6 +165,7 @@ class AdversarialAlignModule(LightningModule):
             self.policy = build_policy(self.spec, self.freeze_patterns)
         with building(self, "discriminator"):
             self.discriminator = self.build_discriminator()
+        check_credit(self.credit, self.discriminator.experts)
         if self.kl.coefficient > 0:
             with building(self, "reference", frozen=True):
                 self.reference = build_policy(self.spec).eval().requires_grad_(False)
@@ -177,8 +192,7 @@ class AdversarialAlignModule(LightningModule):
         with self.timer.phase("policy"):
             policy_loss = self._policy_backward(sequences, advantages_B, sampler_logps_BT, rollouts)
         with self.timer.phase("discriminator"):
-            if self.trainer.fit_loop.total_batch_idx % self.discriminator_every == 0:
-                self._discriminator_update(batch, rollouts)
+            self._discriminator_update(batch, rollouts, self._plan(scores, demonstration_scores))
         with self.timer.phase("policy"):
             self._policy_step(batch)
         with self.timer.phase("sync"):
@@ -213,7 +227,7 @@ class AdversarialAlignModule(LightningModule):
         return scores.take(range(num_prompts, num_prompts + len(rollouts))), scores.take(prompt_of)
 
     def _advantages(self, scores: Scores, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """advantages_B, and for the logs the mixed reward_PG (NaN where malformed)."""
+        """advantages_B (by segment: advantages_BT), and for the logs the mixed reward_PG (NaN where malformed)."""
         by_expert = scores.by_expert
         if self.kl.in_reward:
             penalty_B, kl_mean = kl_reward(self.kl, self.policy, self.reference, sequences, self.numerics)
@@ -221,17 +235,24 @@ class AdversarialAlignModule(LightningModule):
             self.log("align/kl", kl_mean, batch_size=1, sync_dist=True)
         shape = (-1, self.num_rollouts)
         ranks = self.ranks_per_group
-        own_PG = {expert: scores_B.view(shape) for expert, scores_B in by_expert.items()}
-        scores_PG = {expert: whole_groups(values_PG, ranks) for expert, values_PG in own_PG.items()}
-        valid_PG = whole_groups(scores.valid_B.view(shape), ranks)
-        if self.advantage == "paper":
-            advantages_PG, told = paper_advantages(scores_PG, valid_PG, self.alpha)
-        else:
-            advantages_PG, told = released_advantages(scores_PG, valid_PG, self.alpha, self.malformed_penalty)
-        told = {f"align/{k}": v.float() / ranks for k, v in told.items()}  # each rank of a group counts it
-        self.log_dict(told, batch_size=1, sync_dist=True, reduce_fx="sum")
-        rewards_PG = self.alpha * own_PG[EXPERTS[0]] + (1 - self.alpha) * own_PG[EXPERTS[1]]
-        return own_part(advantages_PG, ranks).flatten(), rewards_PG
+        scores_PG = {expert: scores_B.view(shape) for expert, scores_B in by_expert.items()}
+        valid_PG = scores.valid_B.view(shape)
+        groups = {expert: whole_groups(values_PG, ranks) for expert, values_PG in scores_PG.items()}
+        shares = variance_shares(groups, whole_groups(valid_PG, ranks), self.advantage, self.alpha)
+        self.log_dict({f"align/variance_share/{e}": s for e, s in shares.items()}, batch_size=1, sync_dist=True)
+        advantages, told = credited_advantages(
+            scores_PG,
+            valid_PG,
+            sequences,
+            self.processor,
+            credit=self.credit,
+            mixing=self.advantage,
+            alpha=self.alpha,
+            malformed_penalty=self.malformed_penalty,
+            ranks=ranks,
+        )
+        self.log_dict({f"align/{k}": v.float() for k, v in told.items()}, batch_size=1, sync_dist=True, reduce_fx="sum")
+        return advantages, mixed_rewards(scores_PG, self.alpha)
 
     def _policy_backward(
         self,
@@ -260,16 +281,30 @@ class AdversarialAlignModule(LightningModule):
                 what="align/policy_loss",
             )
 
-    def _discriminator_update(self, batch: PromptBatch, rollouts: Sequence[Rollout]) -> None:
+    def _plan(self, scores: Scores, demonstration_scores: Scores) -> Plan:
+        """What the discriminator does in this step."""
+        due = self.trainer.fit_loop.total_batch_idx % self.discriminator_every == 0
+        plan = Plan(self.discriminator_steps if due else 0)
+        if self.governor is None:
+            return plan
+        accuracy = pair_accuracy(demonstration_scores.by_expert, scores.by_expert, scores.valid_B)
+        plan = self.governor.plan(accuracy, plan.steps)
+        self.log_dict({f"align/{name}": value for name, value in self.governor.metrics(plan).items()}, batch_size=1)
+        return plan
+
+    def _discriminator_update(self, batch: PromptBatch, rollouts: Sequence[Rollout], plan: Plan) -> None:
+        if plan.steps == 0:
+            return
         # The raw optimiser: a step through Lightning's wrapper would count in trainer.global_step, and the step we
         # count, log, checkpoint and stop at is the policy's.
         optimizer = self.optimizers()[1].optimizer  # type: ignore[index]
         with training_only(self, "discriminator"):
-            for _ in range(self.discriminator_steps):
+            for _ in range(plan.steps):
                 loss = self._discriminator_loss(batch, rollouts)
                 check_finite(loss, "align/discriminator_loss", batch.ids)
                 self.manual_backward(loss)
-                norm = step_network(self, "discriminator", optimizer, self.discriminator_max_grad_norm, batch.ids)
+                with scaled_rate(optimizer, plan.rate):
+                    norm = step_network(self, "discriminator", optimizer, self.discriminator_max_grad_norm, batch.ids)
         self.log("align/discriminator_loss", loss.detach(), batch_size=1, sync_dist=True)
         self.log("align/grad_norm/discriminator", norm, batch_size=1)
 
@@ -311,11 +346,15 @@ class AdversarialAlignModule(LightningModule):
         leave_out(checkpoint, "reference")
         keep_plain_hyperparameters(checkpoint)
         checkpoint["rollout"] = self.rollout.state_dict()
+        if self.governor is not None:
+            checkpoint["governor"] = self.governor.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.reference is not None:
             put_back(checkpoint, "reference", self.reference)
         self._engine_state = checkpoint["rollout"]
+        if self.governor is not None and "governor" in checkpoint:  # not in that of a run without one
+            self.governor.load_state_dict(checkpoint["governor"])
 
     def teardown(self, stage: str) -> None:
         self.rollout.close()
@@ -347,6 +386,7 @@ class AdversarialAlignModule(LightningModule):
             valid=scores.valid_B.view(shape),
             scores={e: s.detach().view(shape) for e, s in scores.by_expert.items()},
             demonstration_scores={e: s.detach().view(shape)[:, 0] for e, s in demonstration_scores.by_expert.items()},
+            score_clip=self.score_clip,
         )
         if rewards_PG is not None:
             output["rewards"] = rewards_PG

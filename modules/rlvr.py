@@ -46,6 +46,7 @@ from prism_pl.rollout_stage import (
     warn_inert_kl,
     with_overlong,
 )
+from prism_pl.row_needs import RowNeeds
 from prism_pl.strategy import building, check_trainer, own_part, share, step_network, whole_groups, world_size
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, rows_of, warn_inert_clip
@@ -88,6 +89,8 @@ class RLVRModule(LightningModule):
         chunk_tokens: response tokens whose logits exist at once.
         export_dtype: of the exported policy.
     """
+
+    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,

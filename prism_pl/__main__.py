@@ -20,7 +20,10 @@ COMMANDS = {
     "test": ("evaluate on the test splits", "prism_pl.cli:run"),
     "predict": ("measure pass rates of the training prompts", "prism_pl.cli:run"),
     "report": ("tables and figures of finished runs", "prism_pl.report.command:run"),
+    "data": ("check, pairs, distill: look at data, and make it", "prism_pl.data.command:run"),
     "pipeline": ("all stages, with a ledger of them", "prism_pl.pipeline.command:run"),
+    "push": ("upload an export to the Hugging Face hub", "prism_pl.push:run"),
+    "ablations": ("variants of the pipeline over seeds, and their tables", "prism_pl.ablations.command:run"),
 }
 
 HELP = """usage: python -m prism_pl COMMAND [--config FILE] [--KEY VALUE ...]

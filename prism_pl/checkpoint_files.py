@@ -4,7 +4,7 @@
         last.ckpt              what a run goes on from
         previous.ckpt          the one before it
         next.ckpt              whole, and to become last.ckpt once the logs of its step are on the disk
-        *.partial              being written; a kill leaves it behind, and the next start removes it
+        *.partial              being written, or passed over; a kill leaves it behind, and the next start removes it
 
 `last.ckpt` may be a folder, of several engines (`prism_pl.strategy.folder_checkpoint`). Not one of these names ever
 stands for half a checkpoint.
@@ -29,6 +29,7 @@ from prism_pl.errors import UsageError
 LAST = Path("checkpoints") / "last.ckpt"
 PREVIOUS = "previous.ckpt"
 PARTIAL = ".partial"
+PASSED_OVER = f"passed-over{PARTIAL}"
 PROGRESS = "progress.json"
 STARTS = "starts.jsonl"
 ZIP = b"PK\x03\x04"  # how a file of torch.save begins
@@ -122,12 +123,13 @@ class LastCheckpoints:
         self.last = run / LAST
         self.previous = self.last.with_name(PREVIOUS)
         self.next = self.last.with_name("next.ckpt")
+        self.passed_over = self.last.with_name(PASSED_OVER)
         # Whether `last` is this run's: one that is broken, or was passed over, must not take the previous one's place.
         self.own_last = False
 
     def to_go_on_from(self) -> Path | None:
         """The newest whole checkpoint, or None."""
-        if not self.last.exists() and self.previous.exists() and self.next.exists():
+        if not self.last.exists() and self.next.exists() and (self.previous.exists() or self.passed_over.exists()):
             return self.next  # killed between the two renames of `publish`
         return next((path for path in (self.last, self.previous) if path.exists()), None)
 
@@ -158,15 +160,24 @@ class LastCheckpoints:
 
     def publish(self, step: int) -> None:
         """Let `next` be the last checkpoint. A kill at any point leaves one to go on from."""
-        if not self.own_last:
-            remove(self.last)
-        elif self.last.exists():
+        if self.own_last and self.last.exists():
             os.replace(self.last, self.previous)
+        elif self.last.is_dir() or (self.last.exists() and self.next.is_dir()):
+            # A file takes a file's name at once; a name cannot pass from or to a folder so.
+            os.replace(self.last, self.passed_over)
         os.replace(self.next, self.last)
         sync_folder(self.last.parent)
+        remove(self.passed_over)
         self.own_last = True
+        self._note(step, finished=False)
+
+    def finish(self, step: int) -> None:
+        """Note that the fit has ended in order, what its callbacks export included."""
+        self._note(step, finished=True)
+
+    def _note(self, step: int, finished: bool) -> None:
         with whole_file(self.run / PROGRESS) as file:
-            file.write(json.dumps({"step": step, "checkpoint": str(LAST)}).encode())
+            file.write(json.dumps({"step": step, "checkpoint": str(LAST), "finished": finished}).encode())
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -231,6 +242,12 @@ def _way_out(broken: Path) -> str:
 def _noted_step(run: Path) -> int | None:
     file = run / PROGRESS
     return json.loads(file.read_text())["step"] if file.is_file() else None
+
+
+def was_finished(run: Path) -> bool:
+    """Whether the last fit in a run's folder ended in order."""
+    file = run / PROGRESS
+    return file.is_file() and json.loads(file.read_text()).get("finished", False)
 
 
 def refuse_lost_checkpoint(run: Path) -> None:

@@ -7,6 +7,7 @@ Launch: `python -m prism_pl fit --config align.yaml`.
 import contextlib
 import importlib
 import pkgutil
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,9 +32,10 @@ from prism_pl.checkpoint_files import (
     intact,
     read_summary,
     refuse_lost_checkpoint,
+    was_finished,
 )
 from prism_pl.errors import Stopped, UsageError, did_you_mean
-from prism_pl.explain import explain, file_with_key, nested_keys, own_error
+from prism_pl.explain import explain, explain_lightning, file_with_key, nested_keys, own_error
 from prism_pl.last_checkpoint import LastCheckpoint
 from prism_pl.origin import SYSTEMS, check_origin
 from prism_pl.run_folder import (
@@ -44,6 +46,8 @@ from prism_pl.run_folder import (
     hush_writer_threads,
     nameless_write_error,
     refuse_other_settings,
+    remove_unused,
+    say_finished,
 )
 from prism_pl.shipped import find_config, resolve_paths, stage_of
 from prism_pl.strategy.weights_only import LOST, NetworksOnly
@@ -200,9 +204,12 @@ class PrismCLI(LightningCLI):
         config.trainer.default_root_dir = str(folder)
         rank_zero_info(f"Run folder: {folder} (tensorboard --logdir {folder})")
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            begins = not folder.exists()
             check_writable(folder)
             if rank_zero_only.rank == 0:
                 self._held.enter_context(held(folder))
+                if begins:  # what stops before anything is written leaves no folder
+                    self._held.callback(remove_unused, folder)
             self._go_on(folder, config)
 
     def _go_on(self, folder: Path, config: Namespace) -> None:
@@ -222,6 +229,9 @@ class PrismCLI(LightningCLI):
         changed = f" Changed since: {'; '.join(changes)}." if changes else ""
         self._say_what_is_lost()
         gone = f"{folder / LAST} is gone. " if self.resume_from.name == PREVIOUS else ""
+        if not changes and was_finished(folder) and (self.resumed.step or 0) >= config.trainer.max_steps > 0:
+            say_finished(folder, self.resumed.step, already=True)
+            sys.exit()  # before anything is loaded
         rank_zero_info(f"{gone}Going on from {self.resume_from}{self.resumed} (--fresh starts anew).{changed}")
 
     def _say_what_is_lost(self) -> None:
@@ -276,6 +286,10 @@ class PrismCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except ValueError as error:
+            if (told := explain_lightning(error)) is None:
+                raise
+            raise told from error
         except SystemExit as stop:
             # Lightning answers Ctrl+C by closing down in order and exiting.
             if self.trainer.state.status == TrainerStatus.INTERRUPTED:
@@ -289,11 +303,9 @@ class PrismCLI(LightningCLI):
                 f"{folder} cannot be written to ({error.strerror}): free space there or make it writable; "
                 f"{intact(folder / LAST)}."
             ) from error
-        if subcommand == "fit" and self.resume_from is not None and not self._trained():
-            rank_zero_info(
-                f"{self.trainer.default_root_dir} was finished already, at step {self.trainer.global_step}. "
-                "More steps: --trainer.max_steps; a new run: --fresh."
-            )
+        if subcommand == "fit":
+            already = self.resume_from is not None and not self._trained()
+            say_finished(Path(self.trainer.default_root_dir), self.trainer.global_step, already)
 
     def _trained(self) -> bool:
         """Whether fit took a step; a run at its max_steps returns before training starts."""

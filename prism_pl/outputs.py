@@ -22,6 +22,7 @@ class StepOutput(TypedDict, total=False):
         valid: whether each rollout has the three-block format, (P, G).
         scores: of each expert, for the rollouts, (P, G); what stands at malformed ones is not read.
         demonstration_scores: of each expert, for the demonstrations, (P,).
+        score_clip: the limit of the soft clip that the scores went through; None where they did not.
         rewards: what the policy was given, (P, G).
         accuracy: of the final answers, 0 or 1, (P, G).
     """
@@ -33,6 +34,7 @@ class StepOutput(TypedDict, total=False):
     valid: Tensor
     scores: dict[str, Tensor]
     demonstration_scores: dict[str, Tensor]
+    score_clip: float | None
     rewards: Tensor
     accuracy: Tensor
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_pl.batch import SequenceBatch
+from prism_pl.errors import UsageError
 from prism_pl.lora import LoraSpec, add_lora, freeze_adapters, has_lora, whole_parameters
 from prism_pl.processor import Processor
 from prism_pl.strategy.ranks import world_size
@@ -48,7 +49,7 @@ class PolicySpec:
 
 
 def check_policy_path(path: str, key: str = "policy.path", model_types: Sequence[str] = ("qwen3_vl",)) -> None:
-    """Refuse what is no vision-language model, before anything heavy is loaded. ValueError or FileNotFoundError.
+    """Refuse what is no vision-language model, before anything heavy is loaded. UsageError.
 
     Args:
         key: what the message calls the path.
@@ -58,7 +59,7 @@ def check_policy_path(path: str, key: str = "policy.path", model_types: Sequence
     if not folder.is_dir():
         meant = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1 or folder.parent.is_dir()
         if meant:
-            raise FileNotFoundError(
+            raise UsageError(
                 f"{key} {path!r} is no folder: name a folder in Hugging Face format or a hub id such as "
                 "Qwen/Qwen3-VL-4B-Instruct"
             )
@@ -66,26 +67,26 @@ def check_policy_path(path: str, key: str = "policy.path", model_types: Sequence
     else:
         config_file = folder / "config.json"
     if not config_file.exists():
-        raise ValueError(f"{key} {path!r} holds no config.json: name the export/ folder of a run, or a hub id")
+        raise UsageError(f"{key} {path!r} holds no config.json: name the export/ folder of a run, or a hub id")
     try:
         model_type = json.loads(config_file.read_text()).get("model_type")
     except json.JSONDecodeError as error:
-        raise ValueError(f"{config_file} is no JSON ({error}): export or download the model anew") from None
+        raise UsageError(f"{config_file} is no JSON ({error}): export or download the model anew") from None
     if model_type not in model_types:
-        raise ValueError(
+        raise UsageError(
             f"{key} {path!r} is a {model_type!r} model, not a vision-language model of the family qwen3_vl"
         )
 
 
 def _hub_config(path: str, key: str) -> Path:
-    """The config.json of a hub id, from the cache or the hub. FileNotFoundError where neither has it."""
+    """The config.json of a hub id, from the cache or the hub. UsageError where neither has it."""
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(path, "config.json"))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
+        raise UsageError(
             f"{key} {path!r} is no folder here, and as a hub id it could not be read ({reason}): name the "
             "export/ folder of a run, or a hub id such as Qwen/Qwen3-VL-4B-Instruct"
         ) from error
@@ -345,13 +346,14 @@ def set_dtype(config_file: Path, dtype: str) -> None:
 
 
 def save_processor(processor: Processor, folder: Path) -> None:
-    """Write the tokenizer and processor files. From a folder they are copied as they stand, so that an export's
-    processor is its source's to the byte; from a hub id they are saved anew."""
+    """Copy the tokenizer and processor files as they stand, from the source's folder or the hub's cache, so that an
+    export's processor is its source's to the byte and has all that other programs ask for (vLLM and transformers want
+    the one for videos too)."""
     source = Path(processor.source)
     if not source.is_dir():
-        processor.tokenizer.save_pretrained(folder)
-        processor.image_processor.save_pretrained(folder)
-        return
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(processor.source, allow_patterns=list(PROCESSOR_FILES)))
     for pattern in PROCESSOR_FILES:
         for file in source.glob(pattern):
             if file.name not in ("config.json", "generation_config.json", WEIGHT_INDEX):

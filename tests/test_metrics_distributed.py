@@ -11,6 +11,7 @@ from torch.multiprocessing.spawn import start_processes
 from torchmetrics import Metric
 
 from prism_pl.chat import render
+from prism_pl.health.panel import ExpertPanel, Judged, joined, judged
 from prism_pl.metrics import (
     BootstrapMean,
     CaptionFaithfulness,
@@ -22,6 +23,8 @@ from prism_pl.metrics import (
     RewardGapMetric,
     StepCorrectness,
 )
+from prism_pl.strategy.ranks import gathered_values
+from tests.style_game import Game
 
 NUM_PROMPTS = 5
 
@@ -100,13 +103,25 @@ def test_forward_gives_the_batch_and_keeps_the_whole():
     assert metric.compute()["pass_at_1"] == 0.5
 
 
+def panel_numbers(rows: slice) -> dict[str, float]:
+    """The last numbers of a style panel that sees these prompts of each step, and with other ranks theirs."""
+    game, panel = Game(longer=1), ExpertPanel(window=4)
+    for _ in range(6):
+        whole = judged(game.step())["perception"]
+        sides = ({name: value[rows] for name, value in side.items()} for side in (whole.rollouts, whole.demonstrations))
+        own = Judged(whole.scores_PG[rows], whole.demonstration_P[rows], whole.valid_PG[rows], *sides)
+        numbers = panel.update(joined(gathered_values(own)), 10.0)
+    return numbers
+
+
 def _run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     uneven, idle = make_metrics(), make_metrics()
     update(uneven, range(2) if rank == 0 else range(2, NUM_PROMPTS))
     update(idle, range(NUM_PROMPTS) if rank == 1 else range(0))
-    torch.save({"uneven": compute(uneven), "idle": compute(idle)}, Path(folder) / f"rank{rank}.pt")
+    panel = panel_numbers(slice(0, 3) if rank == 0 else slice(3, None))
+    torch.save({"uneven": compute(uneven), "idle": compute(idle), "panel": panel}, Path(folder) / f"rank{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -114,7 +129,10 @@ def test_two_processes_equal_one_with_uneven_shares_and_with_an_idle_rank(tmp_pa
     # A fork server imports torchmetrics once for both ranks, and, unlike a fork of pytest, has no threads.
     multiprocessing.set_forkserver_preload([__name__])
     start_processes(_run_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
+    expected = panel_numbers(slice(None))
+    assert 0.5 < expected["accuracy/length"] < 1
     for rank in range(2):
         results = torch.load(tmp_path / f"rank{rank}.pt")
         assert_same(results["uneven"])
         assert_same(results["idle"])
+        assert results["panel"] == pytest.approx(expected, rel=1e-9)

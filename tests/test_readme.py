@@ -44,7 +44,7 @@ def swap(tmp_path, monkeypatch):
     sys.modules.pop("my_reward", None)
 
 
-def test_the_swapped_reward_trains_and_is_logged(swap):
+def test_the_swapped_reward_trains_and_is_logged(swap, without_vllm):
     small = [f"--{group}.{key}={value}" for group, keys in SMALL.items() for key, value in keys.items()]
     assert main(["fit", "--config", "rlvr.yaml", "--config", "brief.yaml", *small]) == 0
     run = swap / "runs" / "rlvr+brief"
@@ -128,7 +128,9 @@ def test_the_tree_names_what_exists():
     assert missing == []
 
 
-def test_the_tree_names_every_package():
-    tree = blocks("text")[0]
-    tracked = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"configs", "assets", "scripts"}
-    assert {name for name in tracked if f"{name}/" not in tree} == set()
+def test_the_tree_names_every_package_and_every_file_of_the_library():
+    named = set(re.findall(r"[\w/]+(?:\.py|/)(?=[, ])", blocks("text")[0]))
+    packages = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"configs/", "assets/", "scripts/"}
+    inside = {f"{path.parent.name}/" for path in (ROOT / "prism_pl").glob("*/__init__.py")}
+    files = {path.name for path in (ROOT / "prism_pl").glob("*.py")} - {"__init__.py"}
+    assert sorted((packages | inside | files) - named) == []

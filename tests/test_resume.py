@@ -29,12 +29,13 @@ SHORT = "--model.rollout tests.killing.ShortEngine"
 TRANSFORMERS = "--model.rollout prism_pl.rollout.TransformersEngine"
 VLLM = "--model.rollout prism_pl.rollout.VLLMEngine"
 TWO = "--model.num_rollouts 2"
+GOVERNED = "--model.governor prism_pl.governor.Governor --model.governor.by rate --model.governor.window 2"
 DAPO = "--model.num_rollouts 2 --model.num_prompts 2"  # of a batch's two groups half have variance: the buffer waits
 # name: (config, options, monitored value)
 STAGES = {
     "sft": ("sft", "", "sft/val_loss"),
     "warmup": ("warmup", f"{SHORT} --model.ceiling null", "warmup/val_pair_accuracy/perception"),
-    "align": ("align", f"{SHORT} {TWO}", "align/val_accuracy"),
+    "align": ("align", f"{SHORT} {TWO} {GOVERNED}", "align/val_accuracy"),
     "rlvr": ("rlvr", f"{SHORT} {TWO} --model.updates_per_batch 2 --trainer.max_steps 16", "rlvr/val_accuracy"),
     "dapo": ("digits/rlvr_dapo", f"{SHORT} {DAPO}", "rlvr/val_accuracy"),
 }
@@ -80,6 +81,10 @@ def command(stage: str, kill: dict[str, Any], folder: Path) -> list[str]:
     ]
     if config not in ("sft", "warmup"):
         callbacks.append({"class_path": "callbacks.StructuralProxies"})
+    if config == "align":
+        callbacks[1]["init_args"] = {"choice": "least_drift"}
+        callbacks.append({"class_path": "callbacks.DiscriminatorHealth", "init_args": {"window": 3}})
+        callbacks.append({"class_path": "callbacks.ConvergenceMonitor", "init_args": {"window": 3}})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kill.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     return shlex.split(SMALL.replace("STAGE", config)) + shlex.split(options)

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a sparse mixture over a whole update, and what its router did.
+"""The load-balancing loss of a sparse mixture over a whole update.
 
 L text layers, K kinds of segment, E experts, N places.
 """
@@ -12,7 +12,7 @@ from prism_pl.strategy import global_sum, share
 
 
 def routing_sums(router_logits: Sequence[Tensor], top_k: int, readers_KN: Tensor) -> dict[str, Tensor]:
-    """What `balance_loss` and `router_metrics` need of one pass. Additive over passes.
+    """What `balance_loss` and `routing.routing_diagnostics` need of one pass. Additive over passes.
 
     Args:
         router_logits: of each layer, (N, E).
@@ -51,33 +51,3 @@ def balance_loss(sums: Mapping[str, Tensor]) -> Tensor:
     load_E = global_sum(sums["counts"].sum((0, 1))) / global_sum(sums["tokens"]).clamp_min(1.0)
     mean_E = sums["probabilities"] / share(sums["tokens"])
     return len(load_E) * (load_E * mean_E).sum()
-
-
-def router_metrics(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How the router uses its experts, in nats, as means over layers (an expert's number means nothing across them).
-
-    Returns:
-        `router_entropy`: of the load over experts; log E is even, 0 one expert for all.
-        `router_mutual_information`: between expert and kind of segment; 0 where both kinds are routed alike, up to
-            log K where the expert tells the kind.
-        `router_load_max`: share of the busiest expert; 1 / E is even.
-    """
-    counts_LKE = sums["counts"]
-    load_LE = _shares(counts_LKE.sum(1))
-    kinds_LK = _shares(counts_LKE.sum(2))
-    given_LK = _entropy(_shares(counts_LKE))
-    entropy_L = _entropy(load_LE)
-    mutual_L = entropy_L - (kinds_LK * given_LK).sum(-1)
-    return {
-        "router_entropy": entropy_L.mean(),
-        "router_mutual_information": mutual_L.mean(),
-        "router_load_max": load_LE.amax(-1).mean(),
-    }
-
-
-def _shares(counts: Tensor) -> Tensor:
-    return counts / counts.sum(-1, keepdim=True).clamp_min(1.0)
-
-
-def _entropy(shares: Tensor) -> Tensor:
-    return torch.special.entr(shares).sum(-1)

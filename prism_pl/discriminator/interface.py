@@ -83,7 +83,7 @@ class Discriminator(nn.Module):
         return torch.zeros((), device=next(self.parameters()).device)
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scalars for the logs from the same sums."""
+        """Scalars for the logs from the same sums; of a router, see `prism_pl.discriminator.routing`."""
         return {}
 
 

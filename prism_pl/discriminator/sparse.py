@@ -8,8 +8,9 @@ from torch import Tensor
 
 from prism_pl.chat import EXPERTS
 from prism_pl.discriminator.backbone import BackboneDiscriminator
-from prism_pl.discriminator.balance import balance_loss, router_metrics, routing_sums
+from prism_pl.discriminator.balance import balance_loss, routing_sums
 from prism_pl.discriminator.folder import HeadSharing
+from prism_pl.discriminator.routing import routing_diagnostics
 from prism_pl.discriminator.upcycling import upcycle
 from prism_pl.policy import load_safetensors
 from prism_pl.strategy.sharding import whole_construction
@@ -81,7 +82,7 @@ class SparseMoEDiscriminator(BackboneDiscriminator):
         return self.balance_weight * balance_loss(sums)
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return router_metrics(sums)
+        return routing_diagnostics(sums["counts"])
 
 
 class TextOnlySparseMoEDiscriminator(SparseMoEDiscriminator):

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from prism_pl.batch import Example
 from prism_pl.errors import EngineStopped
+from prism_pl.images import open_image
 from prism_pl.lora import whole_parameters
 from prism_pl.optim import check_finite
-from prism_pl.processor import Processor, open_image
+from prism_pl.processor import Processor
 from prism_pl.rollout import vllm_compat
 from prism_pl.rollout.contract import check_prompt_ids
 from prism_pl.rollout.draws import Draws

@@ -145,7 +145,9 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         return self.lightning_module.trainer.state.fn == TrainerFn.FITTING
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        check_equal_batches(batch, self.root_device)
+        assert self.lightning_module is not None
+        if not self.lightning_module.automatic_optimization:
+            check_equal_batches(batch, self.root_device)
         self._ids = getattr(batch, "ids", [])
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
