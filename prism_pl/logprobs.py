@@ -55,7 +55,7 @@ def token_logps(
 def response_logps(
     hidden_BSH: Tensor,
     batch: SequenceBatch,
-    lm_head: nn.Module,
+    lm_head: nn.Linear,
     *,
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
@@ -67,7 +67,13 @@ def response_logps(
     hidden_NH = hidden_BSH[rows, before_BT[batch.mask_BT]]
     targets_N = batch.response_ids_BT[batch.mask_BT]
     logps_N, entropy_N = head_logps(
-        hidden_NH, lm_head, targets_N, temperature=temperature, banned_ids=banned_ids, chunk_tokens=chunk_tokens
+        hidden_NH,
+        lm_head,
+        targets_N,
+        lm_head.bias,
+        temperature=temperature,
+        banned_ids=banned_ids,
+        chunk_tokens=chunk_tokens,
     )
     blank_BT = torch.zeros(batch.mask_BT.shape, dtype=logps_N.dtype, device=logps_N.device)
     return TokenStats(
@@ -75,17 +81,20 @@ def response_logps(
     )
 
 
-def head_logps(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def head_logps(
+    hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, bias_V: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """`chunked_logps` by the (V, hidden) weight of a layer, in the hidden states' dtype. It is one call of the layer,
     however many chunks this rank has (`prism_pl.strategy.inside`).
 
     Args:
-        head: a linear layer without bias, or embeddings.
+        head: a linear layer, whose bias is handed over too, or embeddings.
         options: those of `chunked_logps`.
     """
 
     def logits(hidden_NH: Tensor) -> Tensor:
-        return nn.functional.linear(hidden_NH, head.weight.to(hidden_NH.dtype))
+        bias = None if bias_V is None else bias_V.to(hidden_NH.dtype)
+        return nn.functional.linear(hidden_NH, head.weight.to(hidden_NH.dtype), bias)
 
     return inside(head, lambda hidden_NH: chunked_logps(hidden_NH, logits, targets_N, **options), hidden_NH)
 

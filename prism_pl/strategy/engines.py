@@ -136,8 +136,9 @@ def hold_frozen(network: nn.Module, config: dict[str, Any]) -> None:
 
 def _prepare(network: nn.Module, config: dict[str, Any]) -> None:
     """At stage 3: what was made outside of transformers takes the precision of the rest, which DeepSpeed expects of a
-    network that it finds sharded; and mixture layers are gathered whole, so that ranks that route to other experts
-    gather alike."""
+    network that it finds sharded; and mixture layers whose experts are modules of their own are gathered whole, so that
+    ranks that route to other experts gather alike. Experts stacked in one weight are gathered whole anyway, and a layer
+    marked so bears but one pass a backward pass."""
     if config["zero_optimization"]["stage"] != 3:
         return
     if has_lora(network):
@@ -149,7 +150,7 @@ def _prepare(network: nn.Module, config: dict[str, Any]) -> None:
     from deepspeed.utils import set_z3_leaf_module
 
     for module in network.modules():
-        if "experts" in dict(module.named_children()):
+        if isinstance(dict(module.named_children()).get("experts"), nn.ModuleList):
             set_z3_leaf_module(module, True)
 
 
