@@ -1,10 +1,11 @@
 """What `tests.ranks` trains: each stage for a few steps on replayed rollouts, the same data however many ranks there are.
 
-Rank r of R has rows r, r + R, ... of each step's batch. Over a run come a row without an image, which only one of two
-ranks has in its step, ranks with longer responses than others, and a step in which all of one rank's rollouts are
-malformed.
+Over a run come a row without an image, which only one of two ranks has in its step, ranks with longer responses than
+others, and a step in which all of one rank's rollouts are malformed.
 """
 
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,19 +14,22 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import DataLoader
 
+from datamodules.loading import train_loader
 from modules.align import AdversarialAlignModule
 from modules.rlvr import RLVRModule
 from modules.sft import SFTModule
 from modules.warmup import DiscriminatorModule
 from prism_pl.chat import render
-from prism_pl.discriminator import DenseDiscriminator
+from prism_pl.checkpoint_files import LastCheckpoints
+from prism_pl.discriminator import DedicatedMoEDiscriminator
+from prism_pl.last_checkpoint import LastCheckpoint
 from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import GRPO
 from prism_pl.rollout import TransformersEngine
 from prism_pl.rollout.engine import Sampling
 from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, gathered
+from prism_pl.strategy.weights_only import NetworksOnly
 from tests.conftest import make_examples
 from tests.stubs import MALFORMED, RIGHT, WRONG, Record, ScriptedEngine
 
@@ -42,18 +46,43 @@ NUM_STEPS = 3
 OPTIMIZERS = {"SGD": partial(torch.optim.SGD, lr=0.05), "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)}
 
 
-class Steps(L.LightningDataModule):
-    """`per_step` rows a step, this rank's share of them; in order, a fixed number of steps."""
+class Replayed(ScriptedEngine):
+    """Goes on in the same step with another number of ranks, each of which has fewer or more of its rollouts."""
 
-    def __init__(self, per_step: int, rank: int, num_ranks: int, shared: bool) -> None:
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__(texts)
+        self.share = len(texts) // NUM_STEPS
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.num_drawn // self.share}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_drawn = state["steps"] * self.share
+
+
+class Steps(L.LightningDataModule):
+    """`per_step` rows a step, this rank's share of them."""
+
+    def __init__(self, per_step: int, batch_size: int) -> None:
         super().__init__()
-        rows = make_examples(per_step * NUM_STEPS)
-        rows[-1] = replace(rows[-1], images=[])
-        self.rows = rows if shared else rows[rank::num_ranks]
-        self.batch_size = per_step if shared else per_step // num_ranks
+        self.rows = make_examples(per_step * NUM_STEPS)
+        self.rows[-1] = replace(self.rows[-1], images=[])
+        self.batch_size = batch_size
 
     def train_dataloader(self):
-        return DataLoader(self.rows, batch_size=self.batch_size, collate_fn=self.trainer.lightning_module.collator)
+        collator = self.trainer.lightning_module.collator
+        return train_loader(self.rows, self.trainer, collator, batch_size=self.batch_size, seed=0)
+
+
+class KillAt(Callback):
+    """Ends one rank in the middle of its work, at the start of a batch."""
+
+    def __init__(self, rank: int, batch: int) -> None:
+        self.rank, self.batch = rank, batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == self.rank and batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Keep(Callback):
@@ -91,8 +120,23 @@ def train(
     shared_group: bool = False,
     sampled: bool = False,
     extra: dict[str, Any] | None = None,
+    saved: bool = False,
+    kill: tuple[int, int] | None = None,
+    ckpt: str | None = None,
+    weights_only: bool = False,
+    num_steps: int = NUM_STEPS,
 ) -> None:
-    """Train a stage, and leave `told.pt`: what each step logged, and the weights at the end."""
+    """Train a stage, and leave `told.pt`: what each step logged, and the weights at the end.
+
+    Args:
+        options: of `MultiEngineDeepSpeedStrategy`.
+        sampled: rollouts of the live policy in place of replayed ones.
+        extra: of the module.
+        saved: keep the last checkpoints, of every step.
+        kill: the rank to kill, and at which batch.
+        ckpt: a checkpoint to go on from; `last` the newest in the folder.
+        weights_only: as `--weights-only-resume`.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(1)
     per_step = 1 if shared_group else 2
@@ -100,7 +144,7 @@ def train(
     size = 4 * per_step
     share = size // num_ranks
     mine = [script[s * size + rank * share + i] for s in range(NUM_STEPS) for i in range(share)]
-    engine = TransformersEngine() if sampled else ScriptedEngine(mine)
+    engine = TransformersEngine() if sampled else Replayed(mine)
     ranks_per_group = num_ranks if shared_group else 1
     module, names = STAGES[stage](engine, OPTIMIZERS[optimizer], ranks_per_group, extra or {})
     record, keep = Record(), Keep(*names)
@@ -111,19 +155,21 @@ def train(
         devices=num_ranks,
         strategy=strategy_of(strategy, engines, **(options or {})),
         precision=precision,  # type: ignore[arg-type]
-        max_steps=NUM_STEPS,
-        max_epochs=1,
+        max_steps=num_steps,
         gradient_clip_val=0.5 if module.automatic_optimization else None,
-        callbacks=[record, keep],
+        callbacks=[record, keep, *([LastCheckpoint(1)] if saved else []), *([KillAt(*kill)] if kill else [])],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=saved,
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
         log_every_n_steps=1,
         use_distributed_sampler=False,
     )
-    trainer.fit(module, Steps(per_step, rank, num_ranks, shared_group))
+    if weights_only:
+        trainer.strategy.checkpoint_io = NetworksOnly(trainer.strategy.checkpoint_io)
+    ckpt = str(LastCheckpoints(folder).to_go_on_from()) if ckpt == "last" else ckpt
+    trainer.fit(module, Steps(per_step, per_step // (num_ranks // ranks_per_group)), ckpt_path=ckpt, weights_only=True)
     module.export(folder / "export")
     if rank == 0:
         steps = [{key: value for key, value in step.items() if "time/" not in key} for step in record.steps]
@@ -141,7 +187,7 @@ def _align(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, A
         "schedule": "linear",
         "warmup": 1,
     }
-    discriminator = partial(DenseDiscriminator, DISCRIMINATOR, dropout=0.0)
+    discriminator = partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
     sampling = Sampling(max_tokens=60)
     module = AdversarialAlignModule(
         PolicySpec(POLICY), discriminator, engine, optimizer, optimizer, sampling, **(settings | extra)
@@ -171,7 +217,7 @@ def _sft(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any
 
 def _warmup(engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
     settings: dict[str, Any] = {"num_rollouts": 4, "micro_batch_tokens": 300, "ceiling": None, "schedule": "linear"}
-    discriminator = partial(DenseDiscriminator, DISCRIMINATOR, dropout=0.0)
+    discriminator = partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
     sampling = Sampling(max_tokens=60)
     module = DiscriminatorModule(
         PolicySpec(POLICY), discriminator, engine, optimizer, sampling, **(settings | extra)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-SEVERAL = "several.ckpt"
 
 
 class Ranks:

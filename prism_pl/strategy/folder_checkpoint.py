@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from prism_pl.checkpoint_files import PARTIAL, not_written, remove, sync_folder, whole_file
 from prism_pl.errors import UsageError
+from prism_pl.strategy.other_ranks import convert
 
 if TYPE_CHECKING:
     from prism_pl.strategy.multi_engine import MultiEngineDeepSpeedStrategy
 
 MANIFEST = "manifest.json"
 TAG = "shards"
+UNIVERSAL = ".universal"
 
 
 class FolderCheckpoint:
@@ -37,6 +40,7 @@ class FolderCheckpoint:
     def __init__(self, strategy: "MultiEngineDeepSpeedStrategy") -> None:
         self.strategy = strategy
         self.loaded: Path | None = None
+        self.recut = False  # whether the shards are of another number of ranks, or other stages
 
     def other_weights(self) -> dict[str, Any]:
         """The module's state outside of the engines."""
@@ -80,12 +84,15 @@ class FolderCheckpoint:
 
     def load(self, path: Path) -> dict[str, Any]:
         """Lightning's state of this rank. The networks are loaded by `load_networks`. UsageError where this is no
-        checkpoint of such a run."""
+        checkpoint that such a run can go on from."""
         manifest = read_manifest(path)
         world = self.strategy.world_size
-        if self.strategy._is_fitting and manifest["ranks"] != world:
+        stages = {name: self.strategy.options_of(name).stage for name in manifest["stages"]}
+        self.recut = manifest["ranks"] != world or manifest["stages"] != stages
+        if self.recut and 0 in (*stages.values(), *manifest["stages"].values()):
             raise UsageError(
-                f"{path} is of {manifest['ranks']} processes, and this run has {world}: start as many, or go on with "
+                f"{path} is of {manifest['ranks']} processes with {_shown(manifest['stages'])}, and this run has {world} "
+                f"with {_shown(stages)}: what stage 0 saves cannot be cut anew. Start as the run was, or go on with "
                 "--weights-only-resume, which begins the optimisers anew"
             )
         self.loaded = path
@@ -96,11 +103,22 @@ class FolderCheckpoint:
         """Once there are engines: weights and optimisers' states from the folder that `load` was given, if any."""
         if self.loaded is None:
             return
+        source = self.loaded
         with only_tensors():
+            if self.recut:
+                source = self.loaded.with_name(self.loaded.name + UNIVERSAL)
+                self._together(source, lambda: self._convert(source), only_first=True)
             for name, engine in self.strategy.engines.items():
-                found, _ = engine.load_checkpoint(str(self.loaded / name), tag=TAG, load_lr_scheduler_states=False)
+                found, _ = engine.load_checkpoint(str(source / name), tag=TAG, load_lr_scheduler_states=False)
                 if found is None:
-                    raise UsageError(f"{self.loaded / name} holds no shards: the checkpoint is not whole")
+                    raise UsageError(f"{source / name} holds no shards: the checkpoint is not whole")
+        if self.recut:
+            self._together(source, lambda: remove(source), only_first=True)
+
+    def _convert(self, target: Path) -> None:
+        assert self.loaded is not None
+        rank_zero_info(f"{self.loaded} was written by other ranks or stages: cutting it anew.")
+        convert(self.loaded, target, self.strategy.engines, TAG)
 
     def remove(self, path: Path) -> None:
         """Remove a checkpoint; the first rank does."""
@@ -137,6 +155,10 @@ def consolidated(path: Path) -> dict[str, Any]:
                 weights = get_fp32_state_dict_from_zero_checkpoint(str(path / name), tag=TAG)
             state["state_dict"] |= {f"{name}.{key}": weight for key, weight in weights.items()}
     return state
+
+
+def _shown(stages: Mapping[str, int | None]) -> str:
+    return ", ".join(f"{name} at stage {stage}" for name, stage in stages.items())
 
 
 def _rank_file(rank: int) -> str:

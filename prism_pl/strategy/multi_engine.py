@@ -109,7 +109,8 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
 
     def config_of(self, name: str) -> dict[str, Any]:
         """DeepSpeed's configuration of a network's engine."""
-        return engine_config(name, self.options_of(name), on_gpu=self.root_device.type == "cuda")
+        config = engine_config(name, self.options_of(name), on_gpu=self.root_device.type == "cuda")
+        return config | {"checkpoint": {"load_universal": self.saved.recut}}
 
     def setup(self, trainer: Trainer) -> None:
         """Build the engines; the shards of a checkpoint that is gone on from are loaded into them."""
