@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from datamodules.loading import train_loader
 from prism_pl.batch import Example
 from prism_pl.chat import render
-from prism_pl.rollout import GroupDone, Rollout, Sampling, VLLMEngine
+from prism_pl.rollout import Rollout, Sampling, VLLMEngine
+from prism_pl.rollout.engine import GroupDone
 
 
 def long_response(seed: int, num_lines: int) -> str:
