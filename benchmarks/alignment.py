@@ -44,7 +44,8 @@ def command(folder: Path, case: str, args: argparse.Namespace) -> tuple[list[str
     set_ = [
         *("--config", "align.yaml", "--config", f"strategy/{overlay}.yaml", "--trainer.devices", num),
         *("--trainer.default_root_dir", str(run_folder(folder, case))),
-        *("--trainer.max_steps", str(args.steps), "--trainer.limit_val_batches", "0", "--trainer.accelerator", "auto"),
+        *("--trainer.max_steps", str(args.steps), "--trainer.limit_val_batches", "0"),
+        *("--trainer.accelerator", "auto", "--trainer.enable_checkpointing", "false"),
         *("--trainer.callbacks", "callbacks.RewardGap", "--trainer.precision", args.precision),
         *(f"{model}policy.path", str(folder / "policy"), f"{model}policy.gradient_checkpointing", "true"),
         *(f"{model}discriminator", "prism_pl.discriminator.SparseMoEDiscriminator"),
