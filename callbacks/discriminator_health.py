@@ -112,9 +112,9 @@ class DiscriminatorHealth(Callback):
             if numbers.get(f"style/{name}") == 1 and f"{expert}/{name}" not in self.warned:
                 self.warned.append(f"{expert}/{name}")
                 said.append(
-                    f"the expert {expert} ranks {numbers['accuracy/discriminator']:.1%} of the pairs right, {name} alone "
-                    f"{numbers[f'accuracy/{name}']:.1%}, and {name} explains {numbers[f'explained/{name}']:.0%} of the "
-                    "variance of its scores inside groups"
+                    f"the expert {expert} ranks {numbers['accuracy/discriminator']:.1%} of the pairs right, {name} "
+                    f"alone {numbers[f'accuracy/{name}']:.1%}, and {name} explains "
+                    f"{numbers[f'explained/{name}']:.0%} of the variance of its scores inside groups"
                 )
         return said
 

@@ -75,12 +75,13 @@ class PairModule(LightningModule):
         self._journal = Journal(folder / JOURNALS.format(rank=self.global_rank), self._settings())
         self.engine.start(self.policy, self.processor, rank=self.global_rank)
 
-    def predict_step(self, batch: list[Example], batch_idx: int) -> None:
+    def predict_step(self, batch: list[Example], batch_idx: int) -> list[str]:
         new = [example for example in batch if example.id not in self._done]
         groups = generate_batch(self.engine, new, self.num_samples, self.sampling, batch_idx) if new else []
         for example, group in zip(new, groups, strict=True):
             self._done.add(example.id)
             self._journal.append(self._entry(example, [rollout.text for rollout in group]))
+        return [example.id for example in new]
 
     def _entry(self, example: Example, responses: list[str]) -> dict[str, Any]:
         parsed = [parse(response) for response in responses]

@@ -53,10 +53,10 @@ class Governor:
         low: float = 0.6,
         high: float = 0.85,
         by: Literal["steps", "rate"] = "steps",
-        hysteresis: float = 0.04,
-        window: int = 4,
+        hysteresis: float = 0.06,
+        window: int = 2,
         extra_steps: int = 1,
-        factor: float = 0.8,
+        factor: float = 0.5,
         span: float = 10.0,
     ) -> None:
         if not 0.5 <= low < high <= 1:

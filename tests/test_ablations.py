@@ -1,6 +1,7 @@
 """Ablations: what arms share, what a second start runs, and tables whose numbers are known beforehand."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prism_pl.ablations.schema import load_ablations, load_arms
 from prism_pl.errors import PipelineFailed, UsageError
 from prism_pl.metrics.bootstrap_crossed import crossed_interval
 from prism_pl.pipeline.graph import build_graph
+from prism_pl.pipeline.schema import load_pipeline
 from tests.fake_stages import FakeRunner
 from tests.run_data import response, write_evaluation
 
@@ -255,6 +257,15 @@ def test_seeds_and_arms_may_come_one_after_the_other(folder, capsys):
     assert cells(capsys.readouterr().out, "quarter")[1] == "1, 2"
 
 
+def test_print_config_is_a_pipeline_that_runs_the_same(folder, capsys):
+    start("--arms", "unaligned", "--seeds", "2", "--print_config")
+    written = capsys.readouterr().out
+    Path("printed.yaml").write_text(written)
+    printed = load_pipeline(["printed.yaml"], {})
+    assert printed.stages == merged().only(["unaligned"], [2]).pipeline.stages
+    assert printed.options.keep_going
+
+
 def test_a_dry_run_writes_nothing(folder, capsys):
     assert start("--dry-run").started == []
     assert not Path("run").exists()
@@ -384,15 +395,42 @@ def test_wrong_ablations_are_one_message(folder, file, old, new, said):
             "There is no option --arm. Did you mean --arms? All options: python -m prism_pl ablations --help",
         ),
         (["--tables"], "run holds no ablations yet"),
+        (["--rlvr.model.wrong", "1"], "There is no key wrong."),
     ],
 )
 def test_a_wrong_command_line_is_one_message(folder, options, said):
     with pytest.raises(UsageError) as error:
         start(*options)
     assert said in str(error.value)
-    assert not Path("run").exists()
+    assert not Path("run/ledger.json").exists()
 
 
 def test_help_is_light(capsys):
     assert main(["ablations", "--help"]) == 0
     assert "--scale NAME" in capsys.readouterr().out
+
+
+# What is shipped
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_arms_open_with_what_they_do_and_a_command_that_runs_them(file, capsys):
+    opening = re.match(r"(?:# [^\n]+\n)+", file.read_text())
+    assert opening
+    launch = next(line.split() for line in opening[0].splitlines() if line.startswith("# Launch:"))[2:]
+    assert launch[:3] == ["python", "-m", "prism_pl"]
+    assert main([*launch[3:], "--print_config"]) == 0, capsys.readouterr().err
+    printed = yaml.safe_load(capsys.readouterr().out)["stages"]
+    if launch[3] == "ablations" and file.stem not in ("gpu", "alpha-05"):
+        assert any(f"-{file.stem}-" in name for name in printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [[], ["--scale", "gpu"]], ids=["cpu", "gpu"])
+def test_every_shipped_arm_is_read_by_the_real_parsers(scale, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ablations", "--config", "ablations.yaml", "--seeds", "1", *scale, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    discriminators = re.findall(r"fit --config \S+/(warmup|align)\.yaml .*?--model\.discriminator (\S+)", said)
+    assert len(discriminators) == 6  # three kinds beside the YAMLs' own, in two stages each
+    assert not list(tmp_path.iterdir())

@@ -357,10 +357,9 @@ def test_credit_by_segment_trains_each_segment_by_its_own_expert(random_policy, 
         module = make(random_policy, texts, credit=credit, lr=0.0)
         module.configure_model()
         taken: list[torch.Tensor] = []
+        watched: Any = module
         backward = module._policy_backward
-        module._policy_backward = lambda batch, advantages, *rest, b=backward, t=taken: (
-            t.append(advantages) or b(batch, advantages, *rest)
-        )
+        watched._policy_backward = lambda *given, b=backward, t=taken: t.append(given[1]) or b(*given)
         fit(module, Rows(make_examples(2)), tmp_path)
         seen[credit] = taken[0]
     assert seen["response"].ndim == 1
@@ -370,7 +369,7 @@ def test_credit_by_segment_trains_each_segment_by_its_own_expert(random_policy, 
 
 
 def test_a_whole_response_discriminator_plays_the_game(random_policy, tmp_path):
-    judge = partial(DenseDiscriminator, random_policy, init_heads=True, segments="whole", max_segment_tokens=200)
+    judge: Any = partial(DenseDiscriminator, random_policy, init_heads=True, segments="whole", max_segment_tokens=200)
     module = make(random_policy)
     module.build_discriminator = judge
     _, record = fit(module, Rows(make_examples(2)), tmp_path, [RewardGap()])

@@ -289,7 +289,7 @@ def test_progress_shows_step_gap_accuracy_and_tokens_a_second(tmp_path):
 
 
 def test_every_callback_goes_by_its_short_name():
-    for name in ("Completions", "Export", "Progress", "RewardGap", "StructuralProxies"):
+    for name in ("Completions", "ConvergenceMonitor", "DiscriminatorHealth", "Export", "Progress", "RewardGap"):
         assert name in callbacks.__all__
     with pytest.raises(ValueError, match="Did you mean 'sentences'"):
         StructuralProxies(rule="sentenses")

@@ -119,25 +119,16 @@ def test_a_check_of_other_rows_is_refused(folder, blank_policy):
         "sft.yaml",
         "--data",
         "datamodules.DemonstrationsDataModule",
-        "--model.policy.path",
-        blank_policy,
-    ]
-    check = [
-        "data",
-        "check",
-        *sft,
         "--data.train",
         "rows.jsonl",
-        "--data.num_validation",
-        "0",
         "--out",
         "found",
-        "--headers_only",
     ]
+    check = ["data", "check", *sft, "--out", "found", "--model.policy.path", blank_policy, "--headers_only"]
     assert main(check) == 0
     opened(DemonstrationsDataModule("rows.jsonl", check_folder="found"))
-    with pytest.raises(ValueError, match=r"found is a check of other rows than these \(num_train: None -> 3"):
-        opened(DemonstrationsDataModule("rows.jsonl", check_folder="found", num_train=3))
+    with pytest.raises(ValueError, match=r"found is a check of other rows than these \(num_rows: 4 -> 3"):
+        opened(DemonstrationsDataModule("rows.jsonl", check_folder="found", num_rows=3))
     write_lines(folder / "rows.jsonl", [sharegpt(n) for n in (1, 0, 2, 3)])
     with pytest.raises(ValueError, match=r"check of other rows than these.*rows: "):
         opened(DemonstrationsDataModule("rows.jsonl", check_folder="found"))

@@ -99,12 +99,11 @@ def command(file, endpoint, *options):
 def test_distillation_keeps_what_parses_and_verifies_counts_the_rest_and_goes_on(folder, capsys):
     file = write_table(folder / "rows.parquet", [prompt(number) for number in range(5)])
     said = {0: [RESPONSE], 1: [429, 503, RESPONSE], 2: [WORSE, "6", RESPONSE], 3: [WORSE], 4: [400]}
-    rlvr = [*["--data.num_validation", "0", "--data.batch_size", "2"]]
     with Endpoint(said) as endpoint:
         options = ["--attempts", "3", "--price_in", "1", "--price_out", "10", "--concurrency", "2"]
-        assert main([*command(file, endpoint, *options), *rlvr]) == 0
+        assert main(command(file, endpoint, *options)) == 0
         page = capsys.readouterr().out
-        assert main([*command(file, endpoint, *options), *rlvr]) == 0
+        assert main(command(file, endpoint, *options)) == 0
         again = capsys.readouterr().out
     assert "5 rows answered, 3 demonstrations kept: taught/demonstrations.jsonl" in page
     assert "4 x the answer is wrong" in page  # once of row 2, three times of row 3
@@ -143,7 +142,7 @@ def test_an_endpoint_that_refuses_or_is_down_stops_with_one_message_and_keeps_wh
     file = write_table(folder / "rows.parquet", [prompt(number) for number in range(14)])
     said = {0: [RESPONSE]} | {number: [status] for number in range(1, 14)}
     with Endpoint(said) as endpoint:
-        options = ["--concurrency", "1", "--retries", "1", "--data.num_validation", "0"]
+        options = ["--concurrency", "1", "--retries", "1"]
         assert main(command(file, endpoint, *options)) == 1
         screen = capsys.readouterr()
         assert len(endpoint.asked) == (2 if status == 401 else 1 + 10 * 2)
@@ -237,12 +236,13 @@ def test_a_row_without_a_demonstration_makes_no_pair(random_policy, folder):
 
 
 @pytest.mark.usefixtures("without_vllm")
-def test_pairs_from_the_command_line_and_a_warm_start_on_pairs_alone(random_policy, folder, capsys):
+def test_pairs_from_the_command_line_and_a_warm_start_on_pairs_alone(random_policy, folder, capsys, caplog):
+    caplog.set_level("INFO")
     policy = ["--model.policy.path", random_policy]
     few = ["--data.num_train", "2", "--model.sampling.max_tokens", "4", "--data.eval_batch_size", "2"]
     assert main(["data", "pairs", "--config", "pairs.yaml", *policy, *few]) == 0, capsys.readouterr().err
     assert Path("runs/pairs/pairs.jsonl").read_text() == "", "random responses are malformed"
-    assert "2 malformed responses" in capsys.readouterr().err
+    assert "0 pairs, 2 malformed responses; 2 x <caption> is missing" in caplog.text
 
     write_images(folder, 8)
     write_lines(folder / "pairs.jsonl", [pair(number) for number in range(8)])
@@ -251,12 +251,12 @@ def test_pairs_from_the_command_line_and_a_warm_start_on_pairs_alone(random_poli
     data = ["--data", "datamodules.PairsDataModule", "--data.train", "pairs.jsonl", "--data.batch_size", "2"]
     model = ["--model.rollout", "null", "--model.policy.path", "policy", "--model.discriminator.path", random_policy]
     quick = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "null", "--trainer.callbacks", "null"]
-    short = ["--model.discriminator.max_segment_tokens", "512", "--data.num_validation", "2"]
+    short = ["--model.discriminator.max_segment_tokens", "512", "--data.num_held_out", "2"]
     assert main(["fit", "--config", "warmup.yaml", *data, *model, *short, *quick]) == 0, capsys.readouterr().err
     bad = [{**pair(0), "student_caption": None, "student_cot": None, "student_response": "x"}]
     write_lines(folder / "demos.jsonl", [{"question": "a", "response": RESPONSE}] * 4 + bad)
     demos = ["--data", "datamodules.DemonstrationsDataModule", "--data.train", "demos.jsonl", "--data.batch_size", "2"]
-    away = ["--trainer.default_root_dir", "runs/b", "--data.num_train", "4", "--data.num_validation", "0"]
+    away = ["--trainer.default_root_dir", "runs/b", "--data.num_rows", "4"]
     assert main(["fit", "--config", "warmup.yaml", *demos, *model, *short[:2], *quick, *away]) == 1
     assert "has no rejected response, and model.init_args.rollout is null" in capsys.readouterr().err
 

@@ -55,8 +55,8 @@ def test_others_of_the_same_kind_are_told_apart_by_chance_alone(supervision):
     rng = np.random.default_rng(2)
     policy = [[draw(rng, 8, 20), draw(rng, 8, 20)] for _ in supervision]
     for interval in probe_intervals(side(policy), side(supervision), num_resamples=500).values():
-        assert interval.low < 0.5 < interval.high
-        assert 0 < interval.high - interval.low < 0.25
+        assert interval.mean == pytest.approx(0.5, abs=0.1)  # over many draws 0.496 with a deviation of 0.04
+        assert 0.08 < interval.high - interval.low < 0.25
 
 
 def test_a_mark_that_only_the_policy_makes_is_found_whatever_the_length(supervision):
@@ -78,7 +78,7 @@ def test_length_alone_is_found_and_lengths_matched_it_is_nothing(supervision):
 
 
 def test_no_prompt_is_both_learnt_from_and_judged():
-    """Each side repeats a word of its own prompt: a probe that has seen the prompt knows the side, another one cannot."""
+    """Each side repeats a word of its own prompt: who has seen the prompt knows the side, others cannot."""
     policy = [[f"p{n} x"] * 3 for n in range(60)]
     teacher = [[f"t{n} x"] * 3 for n in range(60)]
 
@@ -104,15 +104,22 @@ def test_too_little_to_judge_is_nan(supervision):
 
 
 def test_pair_intervals_resample_prompts_on_both_sides():
-    # Both prompts once: (1 + 1) / 4. One of them twice, a quarter of the resamples each: 1, or 0.
-    sums = np.array([[1.0, 1.0], [0.0, 0.0]])
-    assert pair_interval(sums, np.ones((2, 2)), 1000) == (0.5, 0.0, 1.0, 2)
-    assert pair_interval(np.eye(2), np.eye(2), 100) == (1.0, 1.0, 1.0, 2)
-    # Pairs of the first prompt alone: a resample without it has none.
-    first = np.array([[1.0, 0.0], [0.0, 0.0]])
-    found = pair_interval(first, first, 100)
-    assert found.mean == 1
-    assert math.isnan(found.low)
+    # Of three prompts the first is worth 1 in every pair, the others 0: two of six pairs. With the first drawn once and
+    # another twice one half, (2 x 1) / (2 x 1 + 2 x 1); twice and another once the same; never 0.
+    sums = np.zeros((3, 3))
+    sums[0] = 1
+    found = pair_interval(sums, np.ones((3, 3)), 1000)
+    assert found.mean == pytest.approx(1 / 3)
+    assert math.isnan(found.low)  # the same prompt three times makes no pair
+    # Ten prompts: a resample of n times the first is n (10 - n) of n (10 - n) + ..., by hand from the counts.
+    sums, counts = np.arange(100.0).reshape(10, 10), np.ones((10, 10))
+    drawn = np.random.default_rng(0).multinomial(10, [0.1] * 10, 50)
+    by_hand = []
+    for times in drawn:
+        pairs = [(p, q, times[p] * times[q]) for p in range(10) for q in range(10) if p != q]
+        by_hand.append(sum(w * sums[p, q] for p, q, w in pairs) / sum(w for _, _, w in pairs))
+    found = pair_interval(sums, counts, 50)
+    assert found[:3] == pytest.approx((49.5, *np.quantile(by_hand, [0.025, 0.975])))
     assert math.isnan(pair_interval(sums[:1, :1], np.ones((1, 1)), 100).low)
 
 
@@ -141,23 +148,26 @@ def test_lengths_are_bins_of_their_own_until_there_are_too_many():
     assert np.bincount(bins).tolist() == [250] * 4
 
 
-def test_energy_intervals_are_of_the_energy_distance():
-    # sqrt(2 * 3 - 0 - 0), for one prompt and for two that say the same.
-    zeros, threes = np.zeros((2, 1)), np.full((2, 1), 3.0)
-    prompts = np.arange(2)
-    found = energy_interval(zeros, prompts, threes, prompts, 100)
-    assert found[:3] == pytest.approx((math.sqrt(6), math.sqrt(6), math.sqrt(6)))
+def test_energy_intervals_are_of_pairs_of_different_prompts():
+    # sqrt(2 * 3 - 0 - 0), whichever prompts are drawn.
+    prompts = np.arange(6)
+    zeros, threes = np.zeros((6, 1)), np.full((6, 1), 3.0)
+    assert energy_interval(zeros, prompts, threes, prompts, 100)[:3] == pytest.approx([math.sqrt(6)] * 3)
+    # Of the same responses nothing is left, of others of the same kind next to nothing, however few they are.
     rng = np.random.default_rng(0)
-    one, other = rng.normal(size=(40, 3)), rng.normal(size=(20, 3)) + 0.5
-    pairs = np.repeat(np.arange(20), 2)
-    interval = energy_interval(one, pairs, other, np.arange(20), 500)
-    assert interval.mean == pytest.approx(energy_distance(one, other))
-    assert interval.low < interval.mean < interval.high
-    assert energy_interval(np.repeat(other, 2, 0), pairs, other, np.arange(20), 50)[:3] == (0, 0, 0)
-    # A prompt counts once: a second response of the first prompt moves half as much as the only one of the second.
-    uneven = energy_interval(np.array([[0.0], [4.0], [2.0]]), np.array([0, 0, 1]), zeros, prompts, 50)
-    between = 2 * (0.5 * (0 + 4) / 2 + 0.5 * 2)
-    within = 0.25 * (2 + 0 + 2 * 2)  # |0 - 4| / 2 inside the first prompt, (2 + 2) / 2 between the two, twice
+    one, other = rng.normal(size=(80, 3)), rng.normal(size=(40, 3))
+    pairs = np.repeat(np.arange(40), 2)
+    assert energy_interval(np.repeat(other, 2, 0), pairs, other, np.arange(40), 50)[:3] == (0, 0, 0)
+    same = energy_interval(one, pairs, other, np.arange(40), 500)
+    assert same.low == 0
+    assert same.mean < 0.5 * energy_distance(one, other)
+    apart = energy_interval(one + 1, pairs, other, np.arange(40), 500)
+    assert apart.low < apart.mean < apart.high
+    assert apart.mean == pytest.approx(energy_distance(one + 1, other), rel=0.1)
+    # A prompt counts once: of the pairs of different prompts, |4 - 0| and |0 - 0| weigh a half each, |2 - 0| one.
+    uneven = energy_interval(np.array([[0.0], [4.0], [2.0]]), np.array([0, 0, 1]), np.zeros((2, 1)), np.arange(2), 50)
+    between = 2 * (0.5 * (0 + 4) + 2) / 2
+    within = 0.5 * (2 + 2)  # |0 - 2| and |4 - 2|
     assert uneven.mean == pytest.approx(math.sqrt(between - within))
 
 
@@ -273,7 +283,7 @@ def test_a_policy_that_answers_as_the_supervision_has_not_drifted(random_policy,
         entry = module.tables["test"]["sum"][f"teacher_nll_{block}"]
         assert entry["mean"] == pytest.approx(size, rel=0.3)
         assert entry["prompts"] == 2
-    assert sum("nll" in record["supervision"] for record in module.records) == 10
+    assert [record["split"] for record in module.records if "nll" in record["supervision"]].count("test") == 10
     tags = scalars(tmp_path)
     assert tags["evaluate/test/all/probe_auc"] == [0.5]
     assert "evaluate/test/sum/teacher_nll_answer" in tags
@@ -292,7 +302,7 @@ def test_tables_do_not_depend_on_the_order_of_the_rows(random_policy, networks):
     examples = make_examples(12)
     texts = [[f"{DEMONSTRATION[: 40 + n]}"] for n in range(12)]
     _, rows = DriftMeter(spec, policy, processor, build_embedder(spec))(examples, texts)
-    assert drift_tables(rows, 5, 100, 0) == drift_tables(rows[::-1], 5, 100, 0)
+    assert repr(drift_tables(rows, 5, 100, 0)) == repr(drift_tables(rows[::-1], 5, 100, 0))  # NaN equals NaN so
     assert not parse(texts[0][0]).valid  # malformed responses are measured like any other
 
 

@@ -26,8 +26,9 @@ class RiggedGame:
         self.governor = governor
         self.draw = torch.Generator().manual_seed(0)
         self.discriminator = nn.Linear(2, 1, bias=False)
-        nn.init.zeros_(self.discriminator.weight)
-        self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=0.1, weight_decay=1.0)
+        with torch.no_grad():  # it starts 1.2 rad behind: right in 4 of 5 pairs
+            self.discriminator.weight.copy_(2 * torch.tensor([[math.cos(-1.2), math.sin(-1.2)]]))
+        self.optimizer = torch.optim.SGD(self.discriminator.parameters(), lr=0.3, weight_decay=0.1)
         self.turn = 0.0
 
     def step(self, num_pairs: int = 256) -> float:
@@ -51,20 +52,20 @@ class RiggedGame:
 
 def test_a_rigged_game_saturates_without_a_governor():
     game = RiggedGame(None)
-    assert min([game.step() for _ in range(200)][50:]) > 0.9
+    assert min([game.step() for _ in range(300)][50:]) > 0.93
 
 
 @pytest.mark.parametrize("by", ["steps", "rate"])
 def test_a_governor_holds_the_accuracy_in_its_band(by):
-    governor = Governor(low=0.6, high=0.85, by=by, factor=0.3, span=1000.0)
+    governor = Governor(low=0.6, high=0.85, by=by)
     game = RiggedGame(governor)
     seen = []
     for _ in range(300):
         game.step()
         seen.append(governor.accuracy)
-    inside = [0.6 <= accuracy <= 0.85 for accuracy in seen[40:]]
-    assert sum(inside) > 0.9 * len(inside)
-    assert all(0.55 < accuracy < 0.9 for accuracy in seen[40:])
+    inside = [0.6 <= accuracy <= 0.85 for accuracy in seen]
+    assert sum(inside) > 0.87 * len(inside)
+    assert all(0.6 <= accuracy < 0.92 for accuracy in seen)  # what a step overshoots
 
 
 def test_interventions_end_inside_the_band_and_not_where_they_began():
@@ -78,17 +79,17 @@ def test_interventions_end_inside_the_band_and_not_where_they_began():
 
 
 def test_the_rate_moves_within_its_span_and_goes_back_inside_the_band():
-    governor = Governor(low=0.6, high=0.8, by="rate", window=1, factor=0.5, span=4.0)
+    governor = Governor(low=0.6, high=0.8, hysteresis=0.04, by="rate", window=1, factor=0.5, span=4.0)
     accuracies = (0.9, 0.9, 0.9, 0.7, 0.5, 0.5, 0.5, 0.5, 0.7, 0.7, 0.7)
     assert [governor.plan(a, 1).rate for a in accuracies] == [0.5, 0.25, 0.25, 0.5, 1, 2, 4, 4, 2, 1, 1]
     assert governor.plan(0.7, 3) == Plan(3, 1.0)
 
 
 def test_the_accuracy_is_averaged_over_a_window_and_survives_a_checkpoint():
-    governor = Governor(low=0.6, high=0.8, by="rate", window=2)
+    governor = Governor(low=0.6, high=0.8, hysteresis=0.04, by="rate", window=2)
     plans = [governor.plan(accuracy, 1) for accuracy in (0.9, 0.9, 0.6)]
     assert governor.accuracy == pytest.approx(0.75)
-    again = Governor(low=0.6, high=0.8, by="rate", window=2)
+    again = Governor(low=0.6, high=0.8, hysteresis=0.04, by="rate", window=2)
     again.load_state_dict(governor.state_dict())
     assert [again.plan(a, 1) for a in (0.95, 0.4)] == [governor.plan(a, 1) for a in (0.95, 0.4)]
     assert plans[1].rate == pytest.approx(0.64)
@@ -176,7 +177,7 @@ def test_a_resumed_run_goes_on_under_the_same_governor(random_policy, tmp_path):
     options: dict[str, Any] = {"kind": torch.optim.AdamW, "lr": 1e-3, "discriminator_lr": 1e-2}
 
     def run(ckpt=None):
-        governor = Governor(low=0.6, high=0.8, by="rate", window=3)
+        governor = Governor(low=0.6, high=0.8, hysteresis=0.04, by="rate", window=3)
         saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         module = make(random_policy, [RIGHT, WRONG], governor=governor, **options)
         rows = Rows(make_examples(8), resumable=True)

@@ -244,7 +244,8 @@ def test_the_panel_needs_both_sides(tmp_path):
 
 
 def test_a_resumed_panel_goes_on_to_the_last_bit(tmp_path):
-    steps = [judged(game_step)["perception"] for game_step in map(lambda _, g=Game(longer=1): g.step(), range(8))]
+    game = Game(longer=1)
+    steps = [judged(game.step())["perception"] for _ in range(8)]
     whole, first = DiscriminatorHealth(window=5), DiscriminatorHealth(window=5)
     for callback, part in ((whole, steps), (first, steps[:5])):
         for step in part:

@@ -10,9 +10,9 @@ import yaml
 
 from prism_pl.ablations.arms import Merged, merge
 from prism_pl.ablations.schema import Ablations, arm_name, chosen, load_ablations, load_arms
-from prism_pl.errors import UsageError
+from prism_pl.errors import PipelineFailed, Stopped, UsageError
 from prism_pl.ledger import Ledger, locked, write_whole
-from prism_pl.pipeline.command import Parser, Start, split_settings
+from prism_pl.pipeline.command import Parser, Start, as_yaml, split_settings
 from prism_pl.pipeline.graph import build_graph
 from prism_pl.pipeline.jobs import ProcessRunner, Runner
 from prism_pl.pipeline.schema import Pipeline
@@ -61,6 +61,9 @@ def run(args: list[str], runner: Runner | None = None) -> None:
     part = whole.only(wanted, seeds)
     folder = Path(options.run_folder or Path("runs") / "-".join(filter(None, (stage_of(file), options.scale))))
     command = "python -m prism_pl " + shlex.join(args)
+    if options.print_config:
+        print(as_yaml(part.pipeline), end="")
+        return
     if options.tables:
         _print_tables(folder, whole, ablations, write=False)
         return
@@ -73,8 +76,10 @@ def run(args: list[str], runner: Runner | None = None) -> None:
         ledger = Ledger.read(folder) or Ledger.new(folder, command)
         try:
             start.run(ledger, runner or ProcessRunner(lock, part.pipeline.options.parallel))
-        finally:
+        except (PipelineFailed, Stopped):
             _print_tables(folder, whole, ablations, write=True)
+            raise
+        _print_tables(folder, whole, ablations, write=True)
 
 
 def make_parser() -> Parser:
@@ -96,6 +101,7 @@ def make_parser() -> Parser:
     add("--parallel", metavar="N", help="stages at once, with the cores shared among them")
     add("--dry-run", "--dry_run", action="store_true", help="print what would happen, and change nothing")
     add("--update", action="store_true", help="run changed stages and what depends on them anew; keep the old folders")
+    add("--print_config", action="store_true", help="print the pipeline of all arms and seeds and stop")
     add("--tables", action="store_true", help="only print the tables of what the run folder holds")
     return parser
 

@@ -16,11 +16,12 @@ from prism_pl.ledger import Ledger
 from prism_pl.metrics.bootstrap import Interval
 from prism_pl.metrics.bootstrap_crossed import crossed_interval
 from prism_pl.report.comparisons import shown_difference
+from prism_pl.report.drift import COLUMNS as DRIFT
 from prism_pl.report.evaluations import Evaluation, read_evaluation
 from prism_pl.report.tables import COLUMNS, NOT_AVAILABLE, check_rules, markdown_table, number, with_bounds
 
 # Most of these follow from pooled counts and have no value a prompt: what is shown of them is their spread over seeds.
-SPREAD_COLUMNS = {column: spec for column, spec in COLUMNS.items() if column != "accuracy"}
+SPREAD_COLUMNS = {column: spec for column, spec in (COLUMNS | DRIFT).items() if column != "accuracy"}
 RESAMPLING_SEED = 0
 
 

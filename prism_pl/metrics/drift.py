@@ -167,9 +167,11 @@ def energy_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Interval of `energy_distance` over prompts, where each prompt counts once, however many responses it has.
+    """Interval over prompts of the energy distance between two samples that answer the same prompts.
 
-    Resampled distances lie above the true one on average, as in `drift_bootstrap.distance_interval`.
+    As `energy_distance`, but with means over pairs of different prompts alone, and each prompt counts once, however
+    many responses it has. Two samples of one distribution so have a squared distance of 0 on average, where the plain
+    one grows as samples shrink; what comes out below 0 is 0.
 
     Args:
         prompt_N, prompt_M: the number of each vector's prompt, 0 ... P - 1; each prompt has some on both sides.

@@ -3,6 +3,9 @@
 As in `prism_pl.metrics.bootstrap` the prompt is what is resampled, with all its responses of both sides. A prompt that
 is drawn w times counts w times on either side of a pair, so every resample is a quadratic form of how often each prompt
 was drawn, and a matrix product gives all of them at once. Memory and time grow with the square of the prompts.
+
+Only responses to different prompts make a pair. Two of one prompt are not independent, and a prompt that is drawn twice
+would bring pairs with itself into the resamples that the data do not have: their numbers would lie beside the estimate.
 """
 
 from collections.abc import Callable
@@ -23,17 +26,20 @@ def pair_interval(
     """Interval of transform(sum of all pairs' values / number of pairs).
 
     Args:
-        sums_PP: for prompt p of the first response and prompt q of the second, the sum of their pairs' values.
+        sums_PP: for prompt p of the first response and prompt q of the second, the sum of their pairs' values. What
+            stands at p = q is left out.
         counts_PP: how many pairs that are.
         transform: of the mean, such as a square root.
 
     NaN where there is no pair, or so few that some resample has none.
 
     Example:
-        >>> pair_interval(np.array([[1.0, 1.0], [0.0, 0.0]]), np.ones((2, 2)), 100).mean
+        >>> pair_interval(np.array([[9.0, 1.0], [0.0, 9.0]]), np.ones((2, 2)), 100).mean
         0.5
     """
     num_prompts = len(sums_PP)
+    different_PP = 1 - np.eye(num_prompts)
+    sums_PP, counts_PP = sums_PP * different_PP, counts_PP * different_PP
 
     def statistic(drawn_RP: np.ndarray) -> np.ndarray:
         sums, counts = (((drawn_RP @ matrix) * drawn_RP).sum(-1) for matrix in (sums_PP, counts_PP))

@@ -1,8 +1,9 @@
 """A probe for drift: a fresh classifier learns to tell the policy's responses from the supervision's.
 
 Its AUC on prompts that it has not seen is 0.5 where the two cannot be told apart, and 1 where they always can (a
-classifier two-sample test; Lopez-Paz and Oquab, arXiv 1610.06545). It reads embeddings and counts of words and pairs of
-words: embeddings know what was said, counts find a single mark that an average over a whole response would drown.
+classifier two-sample test; Lopez-Paz and Oquab, arXiv 1610.06545). It reads the length, embeddings, and counts of words
+and pairs of words: embeddings know what was said, counts find a single mark that an average over a whole response would
+drown.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ def probe_intervals(
 
     A prompt's responses of both sides stand in one fold, so that no prompt is both learnt from and judged. Scores of
     different folds come from different probes: only responses of one fold are compared. The intervals resample prompts
-    and leave the probes as they are.
+    and leave the probes as they are, so that they do not tell how other training prompts would have made other probes:
+    where there was nothing to find, 5 in 6 of them held 0.5.
 
     Returns:
         `auc`, and `auc_length_matched`: the probe is trained with weights that give both sides the same distribution of
@@ -53,16 +55,20 @@ def probe_intervals(
     """
     labels_N = np.concatenate([np.ones(len(policy.texts)), np.zeros(len(supervision.texts))])
     prompt_N = np.concatenate([policy.prompt_N, supervision.prompt_N])
-    bins_N = length_bins(np.concatenate([policy.lengths_N, supervision.lengths_N]))
+    lengths_N = np.concatenate([policy.lengths_N, supervision.lengths_N])
+    bins_N = length_bins(lengths_N)
     num_prompts = int(prompt_N.max()) + 1 if len(prompt_N) else 0
     if len(np.unique(prompt_N)) < num_folds:
         nan = Interval(float("nan"), float("nan"), float("nan"), num_prompts)
         return {"auc": nan, "auc_length_matched": nan}
     words = _words([*policy.texts, *supervision.texts])
+    # Rows of each part have a length near 1: none rules the penalty.
     embeddings_NH = np.concatenate([policy.embeddings_NH, supervision.embeddings_NH])
+    numbers_NK = np.column_stack([np.log1p(lengths_N), embeddings_NH])
+    weight_K = np.r_[1, np.full(embeddings_NH.shape[1], 1 / np.sqrt(embeddings_NH.shape[1]))]
     found = {}
     for name, matched in (("auc", False), ("auc_length_matched", True)):
-        scores_N, fold_N = _out_of_fold(embeddings_NH, words, labels_N, prompt_N, bins_N, num_folds, matched)
+        scores_N, fold_N = _out_of_fold(numbers_NK, weight_K, words, labels_N, prompt_N, bins_N, num_folds, matched)
         strata_N = fold_N * (bins_N.max() + 1) + bins_N if matched else fold_N
         sums_PP, counts_PP = concordance(scores_N, labels_N, prompt_N, strata_N, num_prompts)
         found[name] = pair_interval(sums_PP, counts_PP, num_resamples, level, seed)
@@ -110,7 +116,8 @@ def matching_weights(labels_N: np.ndarray, bins_N: np.ndarray) -> np.ndarray:
 
 
 def _out_of_fold(
-    embeddings_NH: np.ndarray,
+    numbers_NK: np.ndarray,
+    weight_K: np.ndarray,
     words: Any,
     labels_N: np.ndarray,
     prompt_N: np.ndarray,
@@ -119,14 +126,14 @@ def _out_of_fold(
     matched: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of each response by the probe that was trained on the other folds (NaN where there was nothing to train
-    on), and the fold."""
+    on), and the fold. `numbers_NK` are scaled to `weight_K` by what the probe is trained on."""
     from scipy import sparse
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
     from sklearn.preprocessing import StandardScaler
 
     scores_N, fold_N = np.full(len(labels_N), np.nan), np.zeros(len(labels_N), dtype=np.int64)
-    for fold, (train, held_out) in enumerate(GroupKFold(num_folds).split(embeddings_NH, labels_N, prompt_N)):
+    for fold, (train, held_out) in enumerate(GroupKFold(num_folds).split(numbers_NK, labels_N, prompt_N)):
         fold_N[held_out] = fold
         weights = np.ones(len(train))
         if matched:
@@ -134,10 +141,8 @@ def _out_of_fold(
         kept = train[weights > 0]
         if len(np.unique(labels_N[kept])) < 2:
             continue
-        scaler = StandardScaler().fit(embeddings_NH[train])
-        # Rows of both parts then have a length near 1: neither rules the penalty.
-        scaled = sparse.csr_matrix(scaler.transform(embeddings_NH) / np.sqrt(embeddings_NH.shape[1]))
-        features = sparse.hstack([scaled, words], format="csr")
+        scaled_NK = StandardScaler().fit(numbers_NK[train]).transform(numbers_NK) * weight_K
+        features = sparse.hstack([sparse.csr_matrix(scaled_NK), words], format="csr")
         probe = LogisticRegression(solver="liblinear", class_weight="balanced", random_state=0)
         probe.fit(features[kept], labels_N[kept], sample_weight=weights[weights > 0])
         scores_N[held_out] = probe.decision_function(features[held_out])

@@ -11,7 +11,7 @@ from prism_pl.report.evaluations import Evaluation
 from prism_pl.report.runs import Run, evaluations_of, labels_of
 from prism_pl.report.tables import COLUMNS, NOT_AVAILABLE, Evaluations, cell, markdown_table, number
 
-# What pairs of checkpoints are compared by; for distances and likelihoods (negative, of the supervision) less is better.
+# What pairs of checkpoints are compared by; of distances and of negative log-likelihoods less is better.
 COMPARED = (
     "accuracy",
     "format",

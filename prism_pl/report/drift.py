@@ -35,10 +35,11 @@ COLUMNS = {
     "AUC, same length": ("probe_auc_length_matched", 1),
 }
 NOTE = (
-    "NLL: of the supervision's responses under the checkpoint, nats a token. W1: Wasserstein-1 distance. Energy: energy "
-    "distance between embeddings of both sides' responses by {embedder}, in units of the supervision's spread. AUC: of a "
-    "fresh probe that tells the checkpoint's responses from the supervision's on prompts it has not seen; 0.5: it cannot; "
-    "`same length`: where length cannot help it. Measured on at most {prompts} prompts; 95% intervals over prompts."
+    "NLL: of the supervision's responses under the checkpoint, nats a token. W1: Wasserstein-1 distance. Energy: "
+    "energy distance between embeddings of both sides' responses by {embedder}, in units of the supervision's spread. "
+    "AUC: of a fresh probe that tells the checkpoint's responses from the supervision's on prompts it has not seen; "
+    "0.5: it cannot; `same length`: where length cannot help it. Measured on at most {prompts} prompts; 95% intervals "
+    "over prompts."
 )
 
 

@@ -165,8 +165,8 @@ def interval_panels(
     caption: str,
     columns: int = 3,
 ) -> list[str]:
-    """Numbers of every checkpoint with their intervals, a panel each, `columns` in a row, a colour a run where there are
-    several. Nothing where no checkpoint has any of them."""
+    """Numbers of every checkpoint with their intervals, a panel each, `columns` in a row, a colour a run where there
+    are several. Nothing where no checkpoint has any of them."""
     evaluated = [(run, n, e) for run in runs for n, e in run.evaluations.items() if split in e.tables]
     tables: dict[tuple[str, str], Table] = {(run.name, n): e.tables[split][ALL_FAMILIES] for run, n, e in evaluated}
     panels = {m: panel for m, panel in panels.items() if any(m in table for table in tables.values())}

@@ -37,9 +37,9 @@ def health(figures: Figures, runs: Sequence[Run]) -> list[str]:
         for expert in _experts(stage)
     ]
     note = (
-        "Of the last window of steps. Pairs right: demonstration above rollout, by the discriminator and by classifiers "
-        "that see only a segment's length, or how it is written. Explained: share of the variance of the scores inside "
-        "groups. Saturated: pairs that have under 1% of the gradient left, scores beyond the clip."
+        "Of the last window of steps. Pairs right: demonstration above rollout, by the discriminator and by "
+        "classifiers that see only a segment's length, or how it is written. Explained: share of the variance of "
+        "the scores inside groups. Saturated: pairs that have under 1% of the gradient left, scores beyond the clip."
     )
     lines = [*_figure(figures, runs, stages), *markdown_table(["stage", "expert", *COLUMNS], rows, num_left=2)]
     lines += ["", note, ""]
