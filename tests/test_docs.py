@@ -64,7 +64,7 @@ FEW = shlex.split("--data.num_train 8 --data.num_validation 2 --data.batch_size 
 
 @pytest.mark.parametrize(
     "words",
-    ["my_parts.FewStepsReward", "my_parts.NarrowClip", "my_data.yaml", "DedicatedMoEDiscriminator", "adapters.yaml"],
+    ["my_parts.FewStepsReward", "my_parts.NarrowClip", "my_data.yaml", "my_parts.MyDiscriminator", "adapters.yaml"],
 )
 def test_the_examples_run(words, here, without_vllm):
     """One step of each command with a part of the pages' own."""
