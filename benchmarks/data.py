@@ -98,7 +98,7 @@ def measure(file: Path, num_read: int) -> dict[str, float]:
     from datamodules.batching import plan_batches
 
     begun = time.perf_counter()
-    data = DemonstrationsDataModule(str(file), num_held_out=512, batch_size=16, num_workers=2)
+    data = DemonstrationsDataModule(str(file), num_validation=512, batch_size=16, num_workers=2)
     data.trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
         world_size=1, global_rank=0, is_global_zero=True, lightning_module=SimpleNamespace(collator=Opener())
     )

@@ -14,7 +14,7 @@ from prism_pl.policy import PolicySpec
 
 
 class Exportable(Protocol):
-    """A module that can write its policy to a folder, whole or not at all."""
+    """A module that can write its policy to a folder, whole or not at all. All ranks call it, the first writes."""
 
     def export(self, folder: Path) -> None: ...
 
@@ -123,11 +123,11 @@ def _best(trainer: Trainer) -> tuple[str, float | None]:
 
 
 def _export(trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-    """Every rank comes here, so that a strategy that holds a share of the weights on each can gather them first."""
+    """Every rank comes here: a strategy may hold a share of the weights on each."""
+    folder = Path(trainer.default_root_dir) / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    cast(Exportable, pl_module).export(folder)
     if trainer.is_global_zero:
-        folder = Path(trainer.default_root_dir) / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        cast(Exportable, pl_module).export(folder)
         beside = folder.with_name(f"{name}-discriminator")
         for written in (folder, beside) if beside.is_dir() else (folder,):
             write_card(written, _told(trainer, pl_module))

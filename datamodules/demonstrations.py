@@ -13,7 +13,7 @@ text and image parts; `prompt` with `completion`) and plain columns (`question`,
       class_path: datamodules.DemonstrationsDataModule
       init_args:
         train: [{path: prism-vlm/gemini_distill}, {path: mmr1/train.jsonl, image_folder: mmr1/images}]
-        num_held_out: 512
+        num_validation: 512
 """
 
 from pathlib import Path

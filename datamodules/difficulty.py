@@ -17,7 +17,6 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset, Subset
 
-from prism_pl.batch import Example
 from prism_pl.checkpoint_files import LastCheckpoints
 from prism_pl.evaluation import keep_earlier, write_json
 from prism_pl.fingerprint import differences
@@ -33,13 +32,13 @@ def check_keep(keep: Sequence[float]) -> tuple[float, float]:
 
 
 def keep_by_difficulty(
-    rows: Dataset[Example],
+    rows: Dataset[Any],
     ids: Sequence[str],
     pass_rates: Path,
     keep: Sequence[float],
     trainer: L.Trainer,
     recipe: dict[str, Any] | None = None,
-) -> Subset[Example]:
+) -> Subset[Any]:
     """The rows whose pass rate lies in `keep`, bounds included, in their order. Says how many of how many, and writes
     `kept_ids.json` into the run's folder.
 

@@ -28,13 +28,13 @@ class FilesDataModule(L.LightningDataModule):
 
     Args:
         train: one source or several, each a path, a hub id, or a mapping (`datamodules.sources.Source`).
-        validation, test: the same; without `validation`, `num_held_out` rows are held out of `train`.
+        validation, test: the same; without `validation`, `num_validation` rows are held out of `train`.
         columns: field -> the column it stands in, such as {answers: reward_model.ground_truth}, in place of the
             format's own.
         system_prompt: of every row, at every stage; null is `prism_pl.chat.SYSTEM_PROMPT`.
         keep_system: rows that bring a system prompt of their own keep it.
         num_rows: only the first so many rows; null: all.
-        num_held_out: rows drawn by `seed` and held out, where `validation` is null.
+        num_validation: rows drawn by `seed` and held out, where `validation` is null.
         batch_size: training rows a batch and process; with `batch_tokens`, at most.
         eval_batch_size: the same of validation, test and predict rows.
         seed: of the training order, which depends on nothing else but the epoch, and of the held-out rows.
@@ -58,7 +58,7 @@ class FilesDataModule(L.LightningDataModule):
         system_prompt: str | None = None,
         keep_system: bool = False,
         num_rows: int | None = None,
-        num_held_out: int = 0,
+        num_validation: int = 0,
         batch_size: int = 32,
         eval_batch_size: int = 64,
         seed: int = 0,
@@ -77,8 +77,8 @@ class FilesDataModule(L.LightningDataModule):
         }.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: give at least 1")
-        if validation is not None and num_held_out:
-            raise ValueError(f"num_held_out is {num_held_out} and validation is given: leave one of them out")
+        if validation is not None and num_validation:
+            raise ValueError(f"num_validation is {num_validation} and validation is given: leave one of them out")
         if (group_by_length or batch_tokens is not None) and check_folder is None:
             raise ValueError(
                 "group_by_length and batch_tokens need the rows' lengths: measure them (python -m prism_pl data check "
@@ -88,7 +88,7 @@ class FilesDataModule(L.LightningDataModule):
         given = frozenset(columns or {})
         read_row = type(self).read_row
         self.reading = Reading(read_row, with_columns(self.COLUMNS, columns), given, system_prompt, keep_system)
-        self.num_rows, self.num_held_out = num_rows, num_held_out
+        self.num_rows, self.num_validation = num_rows, num_validation
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.num_workers = seed, num_workers
         self.check_folder = None if check_folder is None else Path(check_folder)
@@ -134,9 +134,11 @@ class FilesDataModule(L.LightningDataModule):
             rows.check_columns()
         rows = self._rows["train"]
         indices = np.arange(min(len(rows), self.num_rows or len(rows)))
-        if self.num_held_out >= len(indices):
-            raise ValueError(f"num_held_out is {self.num_held_out}, and there are {len(indices)} training rows")
-        held_out = np.random.default_rng(self.seed).permutation(indices)[: self.num_held_out]
+        if self.num_validation >= len(indices):
+            raise ValueError(
+                f"num_validation is {self.num_validation}, and there are {len(indices)} training rows: give fewer, or 0"
+            )
+        held_out = np.random.default_rng(self.seed).permutation(indices)[: self.num_validation]
         self._train_indices = np.setdiff1d(indices, held_out).tolist()
         self._held_out = np.sort(held_out).tolist()
 
@@ -146,7 +148,7 @@ class FilesDataModule(L.LightningDataModule):
 
     def selection(self) -> dict[str, Any]:
         """Which of the rows are trained on."""
-        held_out = {"num_held_out": self.num_held_out, "seed": self.seed} if self.num_held_out else {}
+        held_out = {"num_validation": self.num_validation, "seed": self.seed} if self.num_validation else {}
         return {"num_rows": len(self._train_indices), **held_out}
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ be `question`, and `image` several `images`. The chain of thought ends with the 
 
 Legacy rows have `teacher_response` and `student_response`. In YAML:
 
-    data: {class_path: datamodules.PairsDataModule, init_args: {train: pairs.jsonl, num_held_out: 256}}
+    data: {class_path: datamodules.PairsDataModule, init_args: {train: pairs.jsonl, num_validation: 256}}
 """
 
 from pathlib import Path

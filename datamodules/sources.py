@@ -158,6 +158,7 @@ def _kind(file: str) -> str:
 
 def _load_files(files: Sequence[str]) -> "Dataset":
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     kind = _kind(files[0])
     try:
@@ -167,9 +168,10 @@ def _load_files(files: Sequence[str]) -> "Dataset":
             # Size and time are arguments so that a file that was changed is read anew.
             stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
             return datasets.Dataset.from_generator(_array_lines, gen_kwargs={"stamps": stamps})  # pyright: ignore[reportReturnType]
-        builder, options = ("parquet", {"batch_size": 256}) if kind == ".parquet" else ("arrow", {})
-        return datasets.load_dataset(builder, data_files=list(files), split="train", **options)
-    except datasets.exceptions.DatasetGenerationError as error:
+        if kind == ".arrow":
+            return datasets.load_dataset("arrow", data_files=list(files), split="train")
+        return datasets.load_dataset("parquet", data_files=list(files), split="train", batch_size=256)
+    except DatasetGenerationError as error:
         reason = str(error.__cause__ or error)
         raise ValueError(f"data: {', '.join(files)} cannot be read ({reason})") from None
     except Exception as error:  # pyarrow raises kinds of its own for damaged files
@@ -180,6 +182,7 @@ def _load_files(files: Sequence[str]) -> "Dataset":
 
 def _load_hub(source: Source) -> "Dataset":
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     files = _only(source)
     try:
@@ -190,7 +193,7 @@ def _load_hub(source: Source) -> "Dataset":
         return datasets.load_dataset(
             source.path, source.subset, data_files=files or None, split=source.split, revision=source.revision
         )
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"data: {source.path!r} is neither here nor on the hub, or the hub cannot be reached ({error})"
         ) from None
@@ -203,7 +206,7 @@ def _saved(source: Source) -> "Dataset":
     if isinstance(saved, datasets.Dataset):
         return saved
     if source.split not in saved:
-        raise ValueError(f"data: {source.path} has no split {source.split!r}: give one of {', '.join(saved)}")
+        raise ValueError(f"data: {source.path} has no split {source.split!r}: give one of {', '.join(map(str, saved))}")
     return saved[source.split]
 
 

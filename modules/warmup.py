@@ -29,7 +29,7 @@ from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
 from prism_pl.row_needs import RowNeeds
-from prism_pl.strategy import check_trainer
+from prism_pl.strategy import building, check_trainer
 
 
 class DiscriminatorModule(LightningModule):
@@ -103,8 +103,10 @@ class DiscriminatorModule(LightningModule):
         if self.discriminator is not None:
             return
         if self.rollout is not None:
-            self.policy = build_policy(self.spec).eval().requires_grad_(False)
-        discriminator: Discriminator = self.build_discriminator()
+            with building(self, "policy", frozen=True):
+                self.policy = build_policy(self.spec).eval().requires_grad_(False)
+        with building(self, "discriminator"):
+            discriminator: Discriminator = self.build_discriminator()
         self.discriminator = discriminator
         self.collator = PromptCollator(
             self.processor, need_demonstration=True, discriminator_processor=discriminator.processor

@@ -39,6 +39,9 @@ options:
   --KEY VALUE         any key of the YAML, such as --trainer.max_steps 10
   --print_config      print the complete configuration and stop
   --fresh             fit: start anew beside an earlier run, in the next free folder (runs/align-2), instead of going on
+  --weights-only-resume
+                      fit: take only networks and position from the checkpoint, where another strategy or number of
+                      processes cannot go on with the rest of it
   --debug             show Python's traceback with an error (or PRISM_TRACEBACK=1)
   COMMAND --help      every key of a command; --model.help CLASS: those of a class
 

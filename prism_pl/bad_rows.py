@@ -29,6 +29,9 @@ class BadRow:
 class ReadsBadRows:
     """Base of collators that take bad rows beside examples; others are never given one."""
 
+    def __call__(self, rows: Sequence[Any]) -> Any:
+        raise NotImplementedError
+
 
 class Strict:
     """A collator behind which no bad row passes.

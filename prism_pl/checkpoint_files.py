@@ -6,7 +6,8 @@
         next.ckpt              whole, and to become last.ckpt once the logs of its step are on the disk
         *.partial              being written, or passed over; a kill leaves it behind, and the next start removes it
 
-`last.ckpt` may be a folder, as DeepSpeed writes it. Not one of these names ever stands for half a checkpoint.
+`last.ckpt` may be a folder, of several engines (`prism_pl.strategy.folder_checkpoint`). Not one of these names ever
+stands for half a checkpoint.
 """
 
 import errno
@@ -54,7 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with whole_file(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch.save wraps what the file system says in a RuntimeError
-            raise CheckpointNotWritten(_not_written(path, error)) from error
+            raise not_written(path, error) from error
 
 
 def intact(last: Path) -> str:
@@ -62,12 +63,13 @@ def intact(last: Path) -> str:
     return f"{last} is intact, and the same command goes on from it" if last.exists() else "there is no checkpoint yet"
 
 
-def _not_written(path: Path, error: BaseException) -> str:
+def not_written(path: Path, error: BaseException) -> CheckpointNotWritten:
+    """What to raise where `path` could not be written."""
     reason: BaseException | None = error
     while reason is not None and not isinstance(reason, OSError):
         reason = reason.__cause__ or reason.__context__
     said = (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(error).splitlines()[0]
-    return (
+    return CheckpointNotWritten(
         f"the checkpoint {path} could not be written ({said}): free space there or make it writable; "
         f"{intact(path.parent / LAST.name)}. "
         "Another place is --trainer.default_root_dir."
@@ -201,8 +203,10 @@ class Summary:
 def read_summary(path: Path) -> Summary:
     """Look into a checkpoint without reading its weights. UsageError where the file is cut off; an UnpicklingError
     where it holds more than tensors and plain values."""
-    if path.is_dir():  # as DeepSpeed writes it: a file for each rank
-        return Summary(_noted_step(path.parent.parent))
+    if path.is_dir():  # of several engines: the networks lie beside a file of each rank
+        path = path / "rank-0.ckpt"
+    if not path.is_file():
+        raise UsageError(f"{path.parent} is no checkpoint: it has no {path.name}. {_way_out(path.parent)}")
     with open(path, "rb") as file:
         is_zip = file.read(len(ZIP)) == ZIP
     try:

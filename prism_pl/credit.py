@@ -12,6 +12,7 @@ from prism_pl.aggregation import Metrics
 from prism_pl.batch import SequenceBatch
 from prism_pl.chat import EXPERTS
 from prism_pl.processor import Processor
+from prism_pl.strategy import own_part, whole_groups
 
 Credit = Literal["response", "segment"]
 
@@ -35,22 +36,28 @@ def credited_advantages(
     mixing: Mixing,
     alpha: float,
     malformed_penalty: float,
+    ranks: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """Advantages of B rollouts, (B,) for whole responses, (B, T) by segment, and their metrics.
 
     Args:
         scores, valid_PG, mixing, alpha, malformed_penalty: see `prism_pl.advantages`.
         batch: the rollouts as sampled, encoded by `processor`.
+        ranks: that share each group, each with its own rollouts of it; the metrics are then a rank's part of the count.
     """
+    groups = {expert: whole_groups(values_PG, ranks) for expert, values_PG in scores.items()}
+    whole_valid_PG = whole_groups(valid_PG, ranks)
     if credit == "segment":
-        by_expert, told = segment_advantages(scores, valid_PG, mixing, alpha, malformed_penalty)
-        flat = {expert: advantages_PG.flatten() for expert, advantages_PG in by_expert.items()}
-        return token_advantages(processor, batch, flat, valid_PG.flatten()), told
-    if mixing == "paper":
-        advantages_PG, told = paper_advantages(scores, valid_PG, alpha)
+        by_expert, told = segment_advantages(groups, whole_valid_PG, mixing, alpha, malformed_penalty)
+        flat = {expert: own_part(advantages_PG, ranks).flatten() for expert, advantages_PG in by_expert.items()}
+        advantages = token_advantages(processor, batch, flat, valid_PG.flatten())
+    elif mixing == "paper":
+        advantages_PG, told = paper_advantages(groups, whole_valid_PG, alpha)
+        advantages = own_part(advantages_PG, ranks).flatten()
     else:
-        advantages_PG, told = released_advantages(scores, valid_PG, alpha, malformed_penalty)
-    return advantages_PG.flatten(), told
+        advantages_PG, told = released_advantages(groups, whole_valid_PG, alpha, malformed_penalty)
+        advantages = own_part(advantages_PG, ranks).flatten()
+    return advantages, {name: value / ranks for name, value in told.items()}
 
 
 def token_advantages(

@@ -15,6 +15,8 @@ from prism_pl.batch import SequenceBatch
 from prism_pl.errors import UsageError
 from prism_pl.lora import LoraSpec, add_lora, freeze_adapters, has_lora, whole_parameters
 from prism_pl.processor import Processor
+from prism_pl.strategy.ranks import world_size
+from prism_pl.strategy.sharding import build_sharded, builds_sharded, gathered_state, is_first_rank
 
 PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -121,6 +123,13 @@ def build_policy(spec: PolicySpec, freeze: Sequence[str] = ()) -> Any:
 
 def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
     """`kind.from_pretrained` that accepts safetensors only, no missing weight and none of another shape. ValueError."""
+    if builds_sharded():
+        return build_sharded(
+            kind,
+            kind.config_class.from_pretrained(path, trust_remote_code=False),
+            lambda: load_safetensors(kind, path, attn_implementation).state_dict(),
+            attn_implementation=attn_implementation,
+        )
     folder = Path(path)
     if folder.is_dir():
         _check_weight_files(path, list(folder.glob("model*.safetensors")))
@@ -235,6 +244,8 @@ def hidden_states(model: Any, batch: SequenceBatch) -> Tensor:
     """
     embeds = model.get_input_embeddings()(batch.input_ids_BS)
     if len(batch.grids_I3) == 0:
+        if world_size() > 1:
+            embeds = embeds + no_image(model).to(embeds.dtype)
         return model.language_model(
             inputs_embeds=embeds, position_ids=batch.position_ids_3BS, use_cache=False
         ).last_hidden_state
@@ -247,6 +258,17 @@ def hidden_states(model: Any, batch: SequenceBatch) -> Tensor:
         visual_pos_masks=visual_BS,
         deepstack_visual_embeds=deepstack,
     ).last_hidden_state
+
+
+def no_image(model: Any) -> Tensor:
+    """0, by way of the vision tower. Where other ranks' batches may hold images, each rank must gather and reduce the
+    tower's weights as often as they do, or all wait forever."""
+    vision, size = model.visual.config, model.visual.spatial_merge_size
+    grid_I3 = torch.tensor([[1, size, size]], device=model.visual.device)
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    blank_NC = torch.zeros(size * size, width, dtype=model.visual.dtype, device=model.visual.device)
+    out = model.visual(blank_NC, grid_thw=grid_I3, return_dict=True)
+    return 0 * sum(features.sum() for features in (out.pooler_output, *out.deepstack_features))
 
 
 def image_tokens(model: Any, batch: SequenceBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -276,11 +298,14 @@ def save_policy(
 ) -> None:
     """Write weights (safetensors), configuration, generation configuration, tokenizer and processor to `folder`.
 
-    Written to a temporary name beside it and renamed, so that a kill never leaves half an export.
+    Written to a temporary name beside it and renamed, so that a kill never leaves half an export. Every rank comes
+    here, and the first writes.
     """
+    held = dict(whole_parameters(policy)) if has_lora(policy) else policy.state_dict(keep_vars=True)
+    weights = gathered_state(held, getattr(torch, dtype))
+    if not is_first_rank():
+        return
     temporary = fresh_temporary(folder)
-    held = dict(whole_parameters(policy)) if has_lora(policy) else policy.state_dict()
-    weights = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in held.items()}
     policy.save_pretrained(temporary, state_dict=weights)
     set_dtype(temporary / "config.json", dtype)
     save_processor(processor, temporary)

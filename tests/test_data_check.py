@@ -61,6 +61,7 @@ def test_every_planted_fault_is_named_and_left_out_of_the_run(folder, blank_poli
     Image.open(folder / "images" / "2.png").resize((100, 66)).save(folder / "images" / "scaled.jpg", quality=95)
     benchmark = write_parquet(folder / "bench.parquet", [prompt(7, images=["images/0.png"])])
     data = {"class_path": "datamodules.DemonstrationsDataModule", "init_args": {"train": str(train), "test": str(test)}}
+    data["init_args"]["num_validation"] = 0  # warmup.yaml holds more rows out than there are
     bench = {
         "class_path": "datamodules.PromptsDataModule",
         "init_args": {"train": str(benchmark), "test": str(benchmark)},
@@ -124,6 +125,7 @@ def test_a_check_of_other_rows_is_refused(folder, blank_policy):
         "--out",
         "found",
     ]
+    sft += ["--data.num_validation", "0"]  # sft.yaml holds more rows out than there are
     check = ["data", "check", *sft, "--out", "found", "--model.policy.path", blank_policy, "--headers_only"]
     assert main(check) == 0
     opened(DemonstrationsDataModule("rows.jsonl", check_folder="found"))

@@ -91,7 +91,7 @@ class Endpoint:
 
 def command(file, endpoint, *options):
     data = ["--data", "datamodules.PromptsDataModule", "--data.train", str(file)]
-    waits = ["--first_wait", "0.01", "--out", "taught"]
+    waits = ["--first_wait", "0.01", "--out", "taught", "--data.num_validation", "0"]
     teach = ["--endpoint", endpoint.url, "--teacher", "gemini"]
     return ["data", "distill", "--config", "rlvr.yaml", *data, *teach, *waits, *options]
 
@@ -251,12 +251,12 @@ def test_pairs_from_the_command_line_and_a_warm_start_on_pairs_alone(random_poli
     data = ["--data", "datamodules.PairsDataModule", "--data.train", "pairs.jsonl", "--data.batch_size", "2"]
     model = ["--model.rollout", "null", "--model.policy.path", "policy", "--model.discriminator.path", random_policy]
     quick = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "null", "--trainer.callbacks", "null"]
-    short = ["--model.discriminator.max_segment_tokens", "512", "--data.num_held_out", "2"]
+    short = ["--model.discriminator.max_segment_tokens", "512", "--data.num_validation", "2"]
     assert main(["fit", "--config", "warmup.yaml", *data, *model, *short, *quick]) == 0, capsys.readouterr().err
     bad = [{**pair(0), "student_caption": None, "student_cot": None, "student_response": "x"}]
     write_lines(folder / "demos.jsonl", [{"question": "a", "response": RESPONSE}] * 4 + bad)
     demos = ["--data", "datamodules.DemonstrationsDataModule", "--data.train", "demos.jsonl", "--data.batch_size", "2"]
-    away = ["--trainer.default_root_dir", "runs/b", "--data.num_rows", "4"]
+    away = ["--trainer.default_root_dir", "runs/b", "--data.num_rows", "4", "--data.num_validation", "0"]
     assert main(["fit", "--config", "warmup.yaml", *demos, *model, *short[:2], *quick, *away]) == 1
     assert "has no rejected response, and model.init_args.rollout is null" in capsys.readouterr().err
 

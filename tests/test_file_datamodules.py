@@ -252,7 +252,7 @@ def test_a_whole_response_stands_in_for_parts_that_make_none(folder):
 
 def test_held_out_rows_are_the_same_ones_each_time_and_never_trained_on(folder):
     file = write_lines(folder / "rows.jsonl", [sharegpt(0) for _ in range(20)])
-    data = opened(DemonstrationsDataModule(str(file), num_held_out=5, batch_size=3, num_rows=18))
+    data = opened(DemonstrationsDataModule(str(file), num_validation=5, batch_size=3, num_rows=18))
     held_out = [row.id for batch in data.val_dataloader() for row in batch]
     trained = [row.id for batch in data.train_dataloader() for row in batch]
     assert len(held_out) == 5
@@ -260,13 +260,13 @@ def test_held_out_rows_are_the_same_ones_each_time_and_never_trained_on(folder):
         f"rows-{n}" for n in range(18)
     )
     assert not set(trained) & set(held_out)
-    again = opened(DemonstrationsDataModule(str(file), num_held_out=5, num_rows=18))
+    again = opened(DemonstrationsDataModule(str(file), num_validation=5, num_rows=18))
     assert held_out == [row.id for batch in again.val_dataloader() for row in batch]
     assert data.test_dataloader() == []
     tested = opened(DemonstrationsDataModule(str(file), test=str(file), validation=str(file)))
     assert [row.meta["split"] for batch in tested.test_dataloader() for row in batch] == ["test"] * 20
-    with pytest.raises(ValueError, match="num_held_out is 20, and there are 20 training rows"):
-        opened(DemonstrationsDataModule(str(file), num_held_out=20))
+    with pytest.raises(ValueError, match="num_validation is 20, and there are 20 training rows"):
+        opened(DemonstrationsDataModule(str(file), num_validation=20))
 
 
 def test_other_rows_under_a_checkpoint_are_refused(folder):

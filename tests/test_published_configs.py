@@ -192,3 +192,24 @@ def _differences(one: Any, other: Any, key: str = "") -> list[str]:
         names = dict.fromkeys([*one, *other])
         return [d for n in names for d in _differences(one.get(n), other.get(n), f"{key}.{n}".lstrip("."))]
     return [] if one == other else [key]
+
+
+def table_rows() -> list[list[str]]:
+    """The rows of the README's table of values."""
+    lines = (CONFIGS / "qwen3vl-4b" / "README.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [row for row in cells if row[0] in STAGES]
+
+
+def test_the_table_of_values_says_what_the_files_hold():
+    rows = table_rows()
+    assert len(rows) > 50
+    assert {row[0] for row in rows} == set(STAGES)
+    for file, key, value, source in rows:
+        assert source.startswith(("published: ", "ours: ")), key
+        for size in SIZES:
+            found: Any = settings(f"qwen3vl-{size}/{file}")
+            for part in key.split("."):
+                # As on the command line, the first init_args need not be said.
+                found = found[part] if part in found else found["init_args"][part]
+            assert found == yaml.safe_load(value), f"{size}: {file}: {key}"

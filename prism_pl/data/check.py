@@ -47,15 +47,17 @@ def run(args: list[str]) -> None:
     """
     options, rest = _parser().parse_known_args(args)
     cli = DataCLI(rest)
-    needs = cli.model.row_needs if isinstance(cli.model, HasRowNeeds) else RowNeeds()
+    stage: Any = cli.model
+    needs = stage.row_needs if isinstance(stage, HasRowNeeds) else RowNeeds()
     if options.max_tokens is not None:
         needs = RowNeeds(needs.response, needs.demonstration, needs.answers, options.max_tokens)
-    finder = FactFinder(cli.model.processor, needs, pixels=not options.headers_only)  # pyright: ignore[reportArgumentType]
+    finder = FactFinder(stage.processor, needs, pixels=not options.headers_only)
     splits = {name: collect(cli.datamodule, cli.trainer, name, finder) for name in SPLITS}
     splits = {name: split for name, split in splits.items() if split.facts}
     others = {}
     for config in options.against:
-        other = DataOnlyCLI(["--config", config])
+        # Over a whole configuration, since it may hold the data alone.
+        other = DataOnlyCLI(["--config", "evaluate.yaml", "--config", config])
         name = stage_of(Path(config))
         others[name] = collect(other.datamodule, other.trainer, "test", FactFinder(None, RowNeeds()), name)
     found = overlap(splits, others)

@@ -30,7 +30,8 @@ class DataOnlyCLI(DataCLI):
     def instantiate_classes(self) -> None:
         parser = LightningArgumentParser(exit_on_error=False)
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=True)
-        self.datamodule = parser.instantiate_classes(Namespace(data=self.config[self.subcommand].data)).data
+        config: Any = self.config
+        self.datamodule = parser.instantiate_classes(Namespace(data=config.fit.data)).data
         self.trainer = self.instantiate_trainer()
 
 

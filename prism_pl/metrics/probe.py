@@ -142,7 +142,7 @@ def _out_of_fold(
         if len(np.unique(labels_N[kept])) < 2:
             continue
         scaled_NK = StandardScaler().fit(numbers_NK[train]).transform(numbers_NK) * weight_K
-        features = sparse.hstack([sparse.csr_matrix(scaled_NK), words], format="csr")
+        features: Any = sparse.hstack([sparse.csr_matrix(scaled_NK), words], format="csr")
         probe = LogisticRegression(solver="liblinear", class_weight="balanced", random_state=0)
         probe.fit(features[kept], labels_N[kept], sample_weight=weights[weights > 0])
         scores_N[held_out] = probe.decision_function(features[held_out])

@@ -6,7 +6,6 @@ of this process. A process that may speak to a GPU cannot be forked; there each 
 
 import atexit
 import contextlib
-import ctypes
 import gc
 import importlib
 import io
@@ -20,6 +19,8 @@ import termios
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
+
+from prism_pl.parent import end_with_parent
 
 # Colours, cursor movements and titles that a terminal understands and a log should not hold.
 TERMINAL_CODE = re.compile(rb"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")
@@ -187,10 +188,8 @@ def _signals_wait() -> Iterator[None]:
 def _own_process() -> None:
     """Of a new process: a session of its own, an end with the pipeline's, and Python's own handling of signals."""
     os.setsid()
-    if sys.platform == "linux":
-        # A pipeline that is killed takes its stages along: the next start finds no second writer in their folders.
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    # A pipeline that is killed takes its stages along: the next start finds no second writer in their folders.
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
