@@ -1,8 +1,8 @@
-"""Step time and peak memory of the alignment stage at the paper's size: a 4B policy against an upcycled 2B discriminator.
+"""Step time and peak memory of alignment at the paper's size: a 4B policy against an upcycled 2B discriminator.
 
 Each case is the shipped command, `python -m prism_pl fit --config align.yaml --config strategy/<overlay>.yaml`, with
-random weights of the true dimensions, noise images, and rollouts sampled in full by vLLM. The numbers come from what the
-runs logged; the first step, which warms up, does not count.
+random weights of the true dimensions, noise images, and rollouts sampled in full by vLLM. The numbers come from what
+the runs logged; the first step, which warms up, does not count.
 
 Launch: python benchmarks/alignment.py prepare --folder /tmp/paper
         python benchmarks/alignment.py run --folder /tmp/paper --cases zero2:2 zero3:2 zero2:1

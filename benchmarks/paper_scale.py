@@ -41,8 +41,8 @@ VISION: dict[str, Any] = {
 
 
 def write_blank(folder: Path, size: str) -> None:
-    """The tiny policy's processor with a configuration of Qwen3-VL's dimensions (`2b` or `4b`; `tiny` keeps its own), and
-    no weights."""
+    """The tiny policy's processor with a configuration of Qwen3-VL's dimensions (`2b` or `4b`; `tiny` keeps its own),
+    and no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in (ROOT / "assets" / "sft").iterdir():
         if file.suffix != ".safetensors":

@@ -21,13 +21,14 @@ def long_response(seed: int, num_lines: int) -> str:
     random = np.random.default_rng(seed)
     colours, places = ("red", "blue", "green", "yellow"), ("left", "right", "top", "bottom")
     caption = [f"- {random.choice(colours)} {random.integers(10)} at {random.choice(places)}" for _ in range(num_lines)]
-    think = [f"{i + 1}. {random.integers(10)} + {random.integers(10)} = {random.integers(10)}" for i in range(num_lines)]
+    digits = random.integers(10, size=(num_lines, 3))
+    think = [f"{i + 1}. {a} + {b} = {c}" for i, (a, b, c) in enumerate(digits)]
     return render("\n".join(caption), "\n".join(think), str(random.integers(10)))
 
 
 class RehearsedEngine(VLLMEngine):
-    """Samples, and then says something well-formed: the policy trains on what was sampled (a random policy next to never
-    ends a response), the discriminator reads what is said.
+    """Samples, and then says something well-formed: the policy trains on what was sampled (a random policy next to
+    never ends a response), the discriminator reads what is said.
 
     Args:
         num_lines: of each block said.

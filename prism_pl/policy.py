@@ -268,7 +268,7 @@ def no_image(model: Any) -> Tensor:
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     blank_NC = torch.zeros(size * size, width, dtype=model.visual.dtype, device=model.visual.device)
     out = model.visual(blank_NC, grid_thw=grid_I3, return_dict=True)
-    return 0 * sum(features.sum() for features in (out.pooler_output, *out.deepstack_features))
+    return 0 * torch.stack([features.sum() for features in (out.pooler_output, *out.deepstack_features)]).sum()
 
 
 def image_tokens(model: Any, batch: SequenceBatch) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -49,6 +49,7 @@ def _of_json(file: Path) -> list[dict[str, Any]]:
 def _of_datasets(file: Path, path: str, split: str, subset: str | None) -> Any:
     from datasets import DatasetDict, Image, load_dataset, load_from_disk
 
+    found: Any = None
     try:
         if file.suffix in TABLES:
             found = load_dataset(TABLES[file.suffix], data_files=path, split="train")
@@ -58,7 +59,7 @@ def _of_datasets(file: Path, path: str, split: str, subset: str | None) -> Any:
         else:
             found = load_dataset(path, subset, split=split)
     except KeyError:
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(found)}") from None
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, found))}") from None
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         kind = ValueError if file.exists() else FileNotFoundError

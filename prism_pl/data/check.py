@@ -48,10 +48,11 @@ def run(args: list[str]) -> None:
     options, rest = _parser().parse_known_args(args)
     cli = DataCLI(rest)
     stage: Any = cli.model
+    processor = stage.processor
     needs = stage.row_needs if isinstance(stage, HasRowNeeds) else RowNeeds()
     if options.max_tokens is not None:
         needs = RowNeeds(needs.response, needs.demonstration, needs.answers, options.max_tokens)
-    finder = FactFinder(stage.processor, needs, pixels=not options.headers_only)
+    finder = FactFinder(processor, needs, pixels=not options.headers_only)
     splits = {name: collect(cli.datamodule, cli.trainer, name, finder) for name in SPLITS}
     splits = {name: split for name, split in splits.items() if split.facts}
     others = {}

@@ -33,7 +33,9 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     # Pictures are what is large in these files; one of each tag is the least that can be asked for.
     sizes = {"scalars": 0, "images": 1, "tensors": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1}
     read = [EventAccumulator(str(file), size_guidance=sizes).Reload() for file in sorted(folder.glob(EVENT_FILES))]
-    for events in sorted((one for one in read if one.Tags()["scalars"]), key=lambda one: one.FirstEventTimestamp()):
+    for events in sorted(
+        (one for one in read if one.Tags()["scalars"]), key=lambda one: one.FirstEventTimestamp() or 0.0
+    ):
         for tag in events.Tags()["scalars"]:
             for event in events.Scalars(tag):
                 points.setdefault(tag, {})[event.step] = (event.value, event.wall_time)

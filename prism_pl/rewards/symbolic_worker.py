@@ -13,9 +13,9 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 MEMORY_BYTES = 4 << 30
-
 
 Comparer = Callable[[str, str, int | None], bool]
 
@@ -38,7 +38,7 @@ def _comparer() -> Comparer:
         gold, target = read(truth), read(answer)
         if not gold or not target:
             return False
-        rounding = {} if decimals is None else {"float_rounding": decimals}
+        rounding: dict[str, Any] = {} if decimals is None else {"float_rounding": decimals}
         # An inequality may answer an interval and the other way round.
         return verify(gold, target, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True, **rounding)
 
