@@ -82,7 +82,7 @@ def response_logps(
 
 
 def head_logps(
-    hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, bias_V: Tensor | None = None, **options: Any
+    hidden_NH: Tensor, head: nn.Linear | nn.Embedding, targets_N: Tensor, bias_V: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`chunked_logps` by the (V, hidden) weight of a layer, in the hidden states' dtype. It is one call of the layer,
     however many chunks this rank has (`prism_pl.strategy.inside`).

@@ -44,7 +44,8 @@ def adopt_process_group(local_rank: int) -> None:
     if backend == "gloo":
         # It would compile an extension for collectives in shared memory that none of ours use, under a lock that a
         # killed run leaves behind: every later run would wait at it forever.
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # its name there means torch's own
+        backend_module: Any = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` is torch itself
+        backend_module.build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
 
 
@@ -116,11 +117,12 @@ def start_engine(network: nn.Module, optimizer: Optimizer, config: dict[str, Any
     import deepspeed
 
     _prepare(network, config)
+    parameters: Any = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     engine, *_ = deepspeed.initialize(
         args=_place(),
         model=network,
         optimizer=optimizer,
-        model_parameters=[parameter for group in optimizer.param_groups for parameter in group["params"]],
+        model_parameters=parameters,
         config=config,
         dist_init_required=False,
     )
