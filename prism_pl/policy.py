@@ -3,7 +3,7 @@
 import fnmatch
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,14 @@ from prism_pl.errors import UsageError
 from prism_pl.lora import LoraSpec, add_lora, freeze_adapters, has_lora, whole_parameters
 from prism_pl.processor import Processor
 from prism_pl.strategy.ranks import world_size
-from prism_pl.strategy.sharding import build_sharded, builds_sharded, gathered_state, is_first_rank
+from prism_pl.strategy.sharding import (
+    build_sharded,
+    builds_sharded,
+    gathered_state,
+    is_first_rank,
+    is_sharded,
+    whole_construction,
+)
 
 PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -306,10 +313,24 @@ def save_policy(
     if not is_first_rank():
         return
     temporary = fresh_temporary(folder)
-    policy.save_pretrained(temporary, state_dict=weights)
+    write_model(policy, weights, temporary)
     set_dtype(temporary / "config.json", dtype)
     save_processor(processor, temporary)
     put_in_place(temporary, folder)
+
+
+def write_model(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """transformers' `save_pretrained` of whole weights. It looks at the shapes of the model's own, to lay out experts
+    as its files have them: where those are sharded away, at the shapes of a model without any weights."""
+    if is_sharded(model):
+        with whole_construction(), torch.device("meta"):
+            # Of a plain configuration: transformers does not build on our attention's name.
+            shell = type(model)(type(model.config).from_dict(model.config.to_dict()))
+        shell.config = model.config
+        if model.can_generate():
+            shell.generation_config = model.generation_config
+        model = shell
+    model.save_pretrained(folder, state_dict=dict(weights))
 
 
 def fresh_temporary(folder: Path) -> Path:

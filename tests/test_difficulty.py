@@ -189,7 +189,7 @@ def test_the_digits_data_trains_on_what_is_kept_and_predicts_on_all(tmp_path):
     ids = [f"digits-rlvr-0-{n}" for n in range(6)]
     file = write(tmp_path / PASS_RATES, dict(zip(ids, [0.0, 0.5, 1.0, 0.2, 0.8, 0.1], strict=True)))
     data = DigitsDataModule(rows="rlvr", num_train=6, batch_size=2, pass_rates=str(file))
-    collator = SimpleNamespace(collator=list)
+    collator = SimpleNamespace(collator=list, hparams={})
     data.trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
         is_global_zero=True, default_root_dir=tmp_path, world_size=1, global_rank=0, lightning_module=collator
     )

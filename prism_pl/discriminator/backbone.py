@@ -30,6 +30,7 @@ from prism_pl.policy import (
     put_in_place,
     save_processor,
     set_dtype,
+    write_model,
 )
 from prism_pl.processor import Processor
 from prism_pl.strategy.ranks import world_size
@@ -192,7 +193,7 @@ class BackboneDiscriminator(Discriminator):
         if not is_first_rank():
             return
         temporary = fresh_temporary(folder)
-        self.model.save_pretrained(temporary, state_dict=weights)
+        write_model(self.model, weights, temporary)
         set_dtype(temporary / "config.json", dtype)
         write_heads(heads, temporary)
         write_settings(self.settings, temporary)

@@ -44,8 +44,8 @@ def adopt_process_group(local_rank: int) -> None:
     if backend == "gloo":
         # It would compile an extension for collectives in shared memory that none of ours use, under a lock that a
         # killed run leaves behind: every later run would wait at it forever.
-        collectives: Any = importlib.import_module("deepspeed.comm.torch")  # `torch` there means torch's own
-        collectives.build_shm_op = lambda: None
+        backend_module: Any = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` is torch itself
+        backend_module.build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
 
 

@@ -153,7 +153,7 @@ def consolidated(path: Path) -> dict[str, Any]:
                 weights = torch.load(file, map_location="cpu", weights_only=True)["module"]
             else:
                 weights = get_fp32_state_dict_from_zero_checkpoint(str(path / name), tag=TAG)
-            assert weights is not None
+                assert weights is not None
             state["state_dict"] |= {f"{name}.{key}": weight for key, weight in weights.items()}
     return state
 
