@@ -7,6 +7,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 SHIPPED = ("configs", "assets")
+# accelerate: transformers builds ZeRO-3's sharded networks only with it.
+DEEPSPEED = ["deepspeed>=0.19.8,<0.20", "accelerate"]
 
 
 class BuildWithShippedData(build_py):
@@ -32,6 +34,9 @@ setup(
     package_dir={"": "."},
     packages=[
         "prism_pl",
+        "prism_pl.ablations",
+        "prism_pl.benchmarks",
+        "prism_pl.data",
         "prism_pl.discriminator",
         "prism_pl.health",
         "prism_pl.metrics",
@@ -39,6 +44,7 @@ setup(
         "prism_pl.report",
         "prism_pl.rewards",
         "prism_pl.rollout",
+        "prism_pl.strategy",
         "modules",
         "datamodules",
         "callbacks",
@@ -66,7 +72,8 @@ setup(
         "rich",
     ],
     extras_require={
-        "dev": ["pytest", "ruff", "pyright[nodejs]", "peft>=0.21,<0.22"],
+        "dev": ["pytest", "ruff", "pyright[nodejs]", "peft>=0.21,<0.22", *DEEPSPEED],
+        "deepspeed": DEEPSPEED,
         "lora": ["peft>=0.21,<0.22"],
         # Both are the package `vllm` and pin torch 2.13.0: for machines with an NVIDIA GPU and for those without, the
         # latter with torch's CPU build alone. Elsewhere `prism_pl.rollout.AutoEngine` takes the transformers engine.

@@ -9,8 +9,6 @@ Output: a table, on a GPU also weight sync, sleep and log-probability difference
 """
 
 import argparse
-import json
-import shutil
 import statistics
 import sys
 import tempfile
@@ -26,54 +24,16 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.paper_scale import write_blank  # noqa: E402
 from prism_pl.batch import Example  # noqa: E402
+from prism_pl.images import open_image  # noqa: E402
 from prism_pl.logprobs import token_logps  # noqa: E402
 from prism_pl.policy import PolicySpec, build_policy  # noqa: E402
-from prism_pl.processor import Processor, open_image  # noqa: E402
+from prism_pl.processor import Processor  # noqa: E402
 from prism_pl.rollout import Rollout, Sampling, TransformersEngine, VLLMEngine, rollout_batch  # noqa: E402
 from prism_pl.rollout.transformers_engine import left_padded  # noqa: E402
 
 Timed = Callable[[], int]  # runs once and returns the number of tokens it sampled
-
-TEXT_4B = {
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 262144,
-    "rope_theta": 5000000,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 5000000,
-        "mrope_section": [24, 20, 20],
-        "mrope_interleaved": True,
-    },
-}
-VISION_4B = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "depth": 24,
-    "num_heads": 16,
-    "out_hidden_size": 2560,
-    "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": [5, 11, 17],
-}
-
-
-def blank_4b(folder: Path) -> None:
-    """The tiny policy's processor with a configuration of Qwen3-VL-4B's dimensions, and no weights."""
-    for file in (ROOT / "assets" / "sft").iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, folder / file.name)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= TEXT_4B
-    for part in ("text_config", "vision_config"):
-        config[part]["initializer_range"] = 0.02
-    config["vision_config"] |= VISION_4B
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def load(dimensions: str, device: str) -> tuple[Any, Processor]:
@@ -82,7 +42,7 @@ def load(dimensions: str, device: str) -> tuple[Any, Processor]:
         spec = PolicySpec(str(ROOT / "assets" / "sft"))
         return build_policy(spec).to(device).eval(), spec.processor()
     with tempfile.TemporaryDirectory() as folder, torch.device(device):
-        blank_4b(Path(folder))
+        write_blank(Path(folder), "4b")
         spec = PolicySpec(folder, from_scratch=True)
         with torch.device("cpu"):
             processor = spec.processor()

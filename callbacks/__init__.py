@@ -3,7 +3,7 @@
 from callbacks.completions import Completions
 from callbacks.convergence_monitor import ConvergenceMonitor
 from callbacks.discriminator_health import DiscriminatorHealth
-from callbacks.export import Export
+from callbacks.export import Export, ExportAdapters
 from callbacks.progress import Progress
 from callbacks.reward_gap import RewardGap
 from callbacks.structural_proxies import StructuralProxies
@@ -13,6 +13,7 @@ __all__ = [
     "ConvergenceMonitor",
     "DiscriminatorHealth",
     "Export",
+    "ExportAdapters",
     "Progress",
     "RewardGap",
     "StructuralProxies",

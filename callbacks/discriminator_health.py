@@ -14,7 +14,7 @@ from torch import nn
 from prism_pl.chat import EXPERTS, WHOLE
 from prism_pl.health.panel import ExpertPanel, Judged, joined, judged
 from prism_pl.outputs import step_output
-from prism_pl.rollout.ranks import gathered
+from prism_pl.strategy.ranks import gathered_values
 from prism_pl.tensorboard import tensorboard_writers
 
 NEEDS = ("rollouts", "demonstrations", "valid", "scores", "demonstration_scores", "score_clip")
@@ -80,7 +80,7 @@ class DiscriminatorHealth(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = step_output(outputs, NEEDS, "DiscriminatorHealth")
-        parts = gathered(judged(step))
+        parts = gathered_values(judged(step))
         flagged = []
         for expert in parts[0]:
             seen = joined([part[expert] for part in parts])

@@ -1,18 +1,30 @@
-"""The policy in Hugging Face format: `export/` at the end of a fit, `export-best/` at each best checkpoint."""
+"""The policy in Hugging Face format: `export/` at the end of a fit, `export-best/` at each best checkpoint. Each has a
+model card."""
 
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from prism_pl.checkpoint_choice import CHOICE, DRIFT, Choice
+from prism_pl.lora import has_lora, save_adapters
+from prism_pl.model_card import provenance, write_card
+from prism_pl.policy import PolicySpec
 
 
 class Exportable(Protocol):
-    """A module that can write its policy to a folder, whole or not at all."""
+    """A module that can write its policy to a folder, whole or not at all. All ranks call it, the first writes."""
 
     def export(self, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class WithPolicy(Protocol):
+    """A module that trains a policy."""
+
+    policy: Any
+    spec: PolicySpec
 
 
 class Export(Callback):
@@ -86,6 +98,22 @@ class Export(Callback):
             _export(trainer, pl_module, "export-best")
 
 
+class ExportAdapters(Callback):
+    """Writes `export-adapters/` below the run's folder at the end of a fit: what LoRA trained, in peft's form. `Export`
+    writes it merged; both can stand in one list."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (isinstance(pl_module, WithPolicy) and has_lora(pl_module.policy)):
+            raise ValueError("ExportAdapters: the policy has no adapters: set model.init_args.policy.lora")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir) / "export-adapters"
+            module = cast(WithPolicy, pl_module)
+            save_adapters(module.policy, module.spec.path, folder)
+            write_card(folder, _told(trainer, pl_module))
+
+
 def _best(trainer: Trainer) -> tuple[str, float | None]:
     """Path and value of the best checkpoint: a fixed file name is overwritten, so the path alone would not tell."""
     checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
@@ -95,9 +123,19 @@ def _best(trainer: Trainer) -> tuple[str, float | None]:
 
 
 def _export(trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-    """Every rank comes here, so that a strategy that holds a share of the weights on each can gather them first."""
+    """Every rank comes here: a strategy may hold a share of the weights on each."""
+    folder = Path(trainer.default_root_dir) / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    cast(Exportable, pl_module).export(folder)
     if trainer.is_global_zero:
-        folder = Path(trainer.default_root_dir) / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        cast(Exportable, pl_module).export(folder)
+        beside = folder.with_name(f"{name}-discriminator")
+        for written in (folder, beside) if beside.is_dir() else (folder,):
+            write_card(written, _told(trainer, pl_module))
     trainer.strategy.barrier(name)
+
+
+def _told(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """What the card says: the run's configuration, its step, and the last validation's numbers."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/val_" in name}
+    config_file = Path(trainer.default_root_dir) / "config.yaml"
+    return provenance(config_file, type(pl_module).__name__, trainer.global_step, metrics)

@@ -17,10 +17,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset, Subset
 
-from prism_pl.batch import Example
 from prism_pl.checkpoint_files import LastCheckpoints
 from prism_pl.evaluation import keep_earlier, write_json
-from prism_pl.pass_rates import KEPT_IDS, PASS_RATES, histogram, read_pass_rates
+from prism_pl.fingerprint import differences
+from prism_pl.pass_rates import KEPT_IDS, PASS_RATES, histogram, read_pass_rates, read_recipe
 
 
 def check_keep(keep: Sequence[float]) -> tuple[float, float]:
@@ -32,22 +32,30 @@ def check_keep(keep: Sequence[float]) -> tuple[float, float]:
 
 
 def keep_by_difficulty(
-    rows: Dataset[Example], ids: Sequence[str], pass_rates: Path, keep: Sequence[float], trainer: L.Trainer
-) -> Dataset[Example]:
+    rows: Dataset[Any],
+    ids: Sequence[str],
+    pass_rates: Path,
+    keep: Sequence[float],
+    trainer: L.Trainer,
+    recipe: dict[str, Any] | None = None,
+) -> Subset[Any]:
     """The rows whose pass rate lies in `keep`, bounds included, in their order. Says how many of how many, and writes
     `kept_ids.json` into the run's folder.
 
     Args:
         ids: of the rows, in order: a data set that makes its rows when asked would have to make them all.
         pass_rates: the file, or the folder of the `predict` run that wrote it.
+        recipe: of the rows: the file must have been measured on rows of the same one.
 
     Raises:
-        ValueError: a row without a pass rate, no row left, or a run that would go on with other rows than it began.
+        ValueError: pass rates of other data, a row without a pass rate, no row left, or a run that would go on with
+            other rows than it began.
         FileNotFoundError, ValueError: see `read_pass_rates`.
     """
     low, high = check_keep(keep)
     file = pass_rates / PASS_RATES if pass_rates.is_dir() else pass_rates
     rates = read_pass_rates(file)
+    _check_recipe(file, recipe)
     missing = [id for id in ids if id not in rates]
     if missing:
         others = f" and {len(missing) - 1} rows more" if len(missing) > 1 else ""
@@ -70,6 +78,19 @@ def keep_by_difficulty(
         f"Pass rate x rows: {shown}."
     )
     return Subset(rows, chosen)
+
+
+def _check_recipe(file: Path, recipe: dict[str, Any] | None) -> None:
+    measured = read_recipe(file)
+    if recipe is None:
+        return
+    if measured is None or measured["data"] is None:
+        rank_zero_info(f"{file} does not say on which data it was measured: rows are matched by their ids alone.")
+    elif changed := list(differences(measured["data"], recipe)):
+        raise ValueError(
+            f"{file} was measured on other data than is trained on, so that equal ids mean other rows "
+            f"({'; '.join(changed)}): measure this data (python -m prism_pl predict)"
+        )
 
 
 def _record(folder: Path, kept: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from datamodules.digits_checks import DigitsSceneChecker, caption_items, check_s
 from datamodules.digits_questions import FAMILIES
 from datamodules.digits_rows import SYSTEM_PROMPT, DigitsDataset, Recipe, corpus, make_example
 from datamodules.loading import train_loader
+from prism_pl import chat
 from prism_pl.batch import Example
 from prism_pl.stop_request import leave_to_the_run
 
@@ -116,8 +117,15 @@ class DigitsDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self.pass_rates is not None and stage == "fit":
             assert self.trainer is not None
-            rows = self.all_train_rows
-            self.train_rows = keep_by_difficulty(rows, rows.ids, self.pass_rates, self.keep, self.trainer)
+            rows, recipe = self.all_train_rows, self.row_recipe()
+            self.train_rows = keep_by_difficulty(rows, rows.ids, self.pass_rates, self.keep, self.trainer, recipe)
+
+    def row_recipe(self) -> dict[str, Any]:
+        """What the training rows ask; fewer or more of them are the same ones. See `prism_pl.pass_rates.HasRecipe`."""
+        asked = {name: getattr(self.recipe, name) for name in ("max_digits", "hard_digits", "families")}
+        prompt = self.recipe.system_prompt or chat.SYSTEM_PROMPT
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}
+        return {"digits": self.all_train_rows.split, "seed": self.seed, **plain, "system_prompt": prompt}
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None

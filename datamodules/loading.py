@@ -41,27 +41,46 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "num_batches": self._num_batches}
+        return {"epoch": self._epoch, "num_rows": self._num_batches * self._rows_a_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._epoch, self._num_batches = state["epoch"], state["num_batches"]
+        # By rows, so that a run that goes on with more or fewer ranks goes on in the same place.
+        self._epoch, self._num_batches = state["epoch"], state["num_rows"] // self._rows_a_batch
+
+    @property
+    def _rows_a_batch(self) -> int:
+        """Of all ranks."""
+        ranks = self.sampler.num_replicas if isinstance(self.sampler, ShuffledSampler) else 1
+        return (self.batch_size or 1) * ranks
 
 
 def train_loader(
-    rows: Dataset[Example],
+    rows: Dataset[Any],
     trainer: L.Trainer,
     collator: Callable[[list[Example]], Any],
     *,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     num_workers: int = 0,
 ) -> ResumableLoader:
     """Shuffled batches of `rows` for this process; an incomplete last batch is left out, so that all ranks do the same
-    number of steps. Raises ValueError when there is not one full batch for each process."""
+    number of steps. Ranks that share groups (`ranks_per_group` of the module) get the same rows.
+
+    Args:
+        batch_size: None where the rows are batches already (`datamodules.batching.Batches`).
+
+    Raises:
+        ValueError: there is not one full batch for each process.
+    """
+    ranks = trainer.lightning_module.hparams.get("ranks_per_group", 1)
     sampler = ShuffledSampler(
-        rows, num_replicas=trainer.world_size, rank=trainer.global_rank, seed=seed, drop_last=trainer.world_size > 1
+        rows,
+        num_replicas=max(1, trainer.world_size // ranks),
+        rank=trainer.global_rank // ranks,
+        seed=seed,
+        drop_last=trainer.world_size > ranks,
     )
-    if len(sampler) < batch_size:
+    if len(sampler) < (batch_size or 1):
         raise ValueError(
             f"batch_size is {batch_size}, but each of {trainer.world_size} processes has only {len(sampler)} training "
             "rows: give a smaller batch_size or more rows"
@@ -72,6 +91,6 @@ def train_loader(
         sampler=sampler,
         collate_fn=collator,
         num_workers=num_workers,
-        drop_last=True,
+        drop_last=batch_size is not None,
         worker_init_fn=leave_to_the_run,
     )

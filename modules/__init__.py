@@ -2,6 +2,7 @@
 
 from modules.align import AdversarialAlignModule
 from modules.evaluate import EvaluateModule
+from modules.pairs import PairModule
 from modules.pass_rates import PassRateModule
 from modules.rlvr import RLVRModule
 from modules.sft import SFTModule
@@ -11,6 +12,7 @@ __all__ = [
     "AdversarialAlignModule",
     "DiscriminatorModule",
     "EvaluateModule",
+    "PairModule",
     "PassRateModule",
     "RLVRModule",
     "SFTModule",

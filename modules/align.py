@@ -15,19 +15,20 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from prism_pl.advantages import paper_advantages, released_advantages
+from prism_pl.advantages import Mixing, mixed_rewards, variance_shares
 from prism_pl.aggregation import Metrics
 from prism_pl.batch import SequenceBatch
 from prism_pl.batch_draws import BatchDraws
-from prism_pl.chat import EXPERTS, parse
+from prism_pl.chat import parse
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
+from prism_pl.credit import Credit, check_credit, credited_advantages
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.governor import Governor, Plan, pair_accuracy, scaled_rate
 from prism_pl.lora import whole_parameters
 from prism_pl.losses import soft_clip
 from prism_pl.mismatch import MismatchCorrection
-from prism_pl.optim import Schedule, check_finite, clip_gradients, lr_scheduler
+from prism_pl.optim import Schedule, check_finite, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.policy_loss import PolicyLoss, ReleasedGRPO
@@ -37,15 +38,17 @@ from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, check_trai
 from prism_pl.rollout_stage import (
     check_counts,
     check_max_norms,
+    check_ranks_per_group,
+    check_same_prompts,
     forget_logged,
     held_out_parts,
     held_out_rollouts,
     length_summary,
-    step_policy,
     trained_mask,
     warn_inert_kl,
 )
-from prism_pl.strategy import check_one_device, check_trainer, share, training_only
+from prism_pl.row_needs import RowNeeds
+from prism_pl.strategy import building, check_trainer, share, step_network, training_only, whole_groups
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
 
@@ -60,8 +63,11 @@ class AdversarialAlignModule(LightningModule):
         policy_optimizer, discriminator_optimizer: optimiser classes with their options.
         sampling: of the rollouts; the whole distribution, so top_p 1 and top_k 0.
         num_rollouts: G, rollouts a prompt.
+        ranks_per_group: how many neighbouring ranks share a group: 4 prompts x 16 on 8 ranks is 2, a batch_size of 1.
         advantage: `paper` mixes the experts' scores and then normalises over the group, `released` the other way round.
         alpha: weight of the perception expert.
+        credit: `response` gives all tokens of a rollout the same advantage, `segment` caption tokens the perception
+            expert's and the others the reasoning expert's, see `prism_pl.credit`.
         malformed_penalty: taken off the advantage of malformed responses (`released` only).
         policy_loss: how advantages become a gradient.
         mismatch: of sampler and trainer; None corrects it where the sampler runs below float32, see
@@ -79,6 +85,8 @@ class AdversarialAlignModule(LightningModule):
         export_dtype: of the exported policy.
     """
 
+    row_needs = RowNeeds(demonstration=True)
+
     def __init__(
         self,
         policy: PolicySpec,
@@ -88,8 +96,10 @@ class AdversarialAlignModule(LightningModule):
         discriminator_optimizer: OptimizerCallable,
         sampling: Sampling,
         num_rollouts: int = 16,
-        advantage: Literal["paper", "released"] = "paper",
+        ranks_per_group: int = 1,
+        advantage: Mixing = "paper",
         alpha: float = 0.5,
+        credit: Credit = "response",
         malformed_penalty: float = 1.5,
         policy_loss: PolicyLoss | None = None,
         mismatch: MismatchCorrection | None = None,
@@ -113,6 +123,7 @@ class AdversarialAlignModule(LightningModule):
         self.save_hyperparameters()
         self.automatic_optimization = False
         check_training_sampling(sampling)
+        check_ranks_per_group(num_rollouts, ranks_per_group)
         steps = {"discriminator_every": discriminator_every, "discriminator_steps": discriminator_steps}
         check_counts({"num_rollouts": num_rollouts, **steps})
         check_max_norms({"max_grad_norm": max_grad_norm, "discriminator_max_grad_norm": discriminator_max_grad_norm})
@@ -120,9 +131,12 @@ class AdversarialAlignModule(LightningModule):
             raise ValueError(f"alpha is {alpha}: the weight of the perception expert, give 0 to 1")
         self.spec, self.freeze_patterns = policy, freeze
         self.build_discriminator = discriminator
-        self.rollout, self.sampling, self.num_rollouts = rollout, sampling, num_rollouts
+        self.rollout, self.sampling = rollout, sampling
+        self.ranks_per_group, self.num_rollouts = ranks_per_group, num_rollouts // ranks_per_group
         self.policy_optimizer, self.discriminator_optimizer = policy_optimizer, discriminator_optimizer
-        self.advantage, self.alpha, self.malformed_penalty = advantage, alpha, malformed_penalty
+        self.advantage: Mixing = advantage
+        self.credit: Credit = credit
+        self.alpha, self.malformed_penalty = alpha, malformed_penalty
         self.policy_loss = policy_loss or ReleasedGRPO()
         self.mismatch = mismatch or MismatchCorrection()
         warn_inert_kl(kl)
@@ -147,17 +161,20 @@ class AdversarialAlignModule(LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        self.policy = build_policy(self.spec, self.freeze_patterns)
-        self.discriminator = self.build_discriminator()
+        with building(self, "policy"):
+            self.policy = build_policy(self.spec, self.freeze_patterns)
+        with building(self, "discriminator"):
+            self.discriminator = self.build_discriminator()
+        check_credit(self.credit, self.discriminator.experts)
         if self.kl.coefficient > 0:
-            self.reference = build_policy(self.spec).eval().requires_grad_(False)
+            with building(self, "reference", frozen=True):
+                self.reference = build_policy(self.spec).eval().requires_grad_(False)
         self.collator = PromptCollator(
             self.processor, need_demonstration=True, discriminator_processor=self.discriminator.processor
         )
 
     def on_fit_start(self) -> None:
         check_trainer(self.trainer)
-        check_one_device(self.trainer)
         warn_inert_clip(self.policy_loss, num_updates=1)
         self._start_engine()
 
@@ -184,7 +201,9 @@ class AdversarialAlignModule(LightningModule):
         return self._output(batch, rollouts, scores, demonstration_scores, rewards_PG)
 
     def _sample(self, batch: PromptBatch) -> tuple[list[Rollout], SequenceBatch, Tensor]:
-        """G rollouts a prompt, the trainer's tensors of them, and the sampler's log-probabilities, (B, T)."""
+        """This rank's G / ranks_per_group rollouts a prompt, the trainer's tensors of them, and the sampler's
+        log-probabilities, (B, T)."""
+        check_same_prompts(batch.ids, self.ranks_per_group, self.device)
         rollouts = self.rollout.generate(batch.examples, self.num_rollouts, self.sampling)
         made = rollout_batch(self.processor, batch.prompts, rollouts, self.num_rollouts)
         return rollouts, *self.transfer_batch_to_device(made, self.device, 0)
@@ -208,22 +227,32 @@ class AdversarialAlignModule(LightningModule):
         return scores.take(range(num_prompts, num_prompts + len(rollouts))), scores.take(prompt_of)
 
     def _advantages(self, scores: Scores, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """advantages_B, and for the logs the mixed reward_PG (NaN where malformed)."""
+        """advantages_B (by segment: advantages_BT), and for the logs the mixed reward_PG (NaN where malformed)."""
         by_expert = scores.by_expert
         if self.kl.in_reward:
             penalty_B, kl_mean = kl_reward(self.kl, self.policy, self.reference, sequences, self.numerics)
             by_expert = {expert: scores_B - penalty_B for expert, scores_B in by_expert.items()}
             self.log("align/kl", kl_mean, batch_size=1, sync_dist=True)
         shape = (-1, self.num_rollouts)
+        ranks = self.ranks_per_group
         scores_PG = {expert: scores_B.view(shape) for expert, scores_B in by_expert.items()}
         valid_PG = scores.valid_B.view(shape)
-        if self.advantage == "paper":
-            advantages_PG, told = paper_advantages(scores_PG, valid_PG, self.alpha)
-        else:
-            advantages_PG, told = released_advantages(scores_PG, valid_PG, self.alpha, self.malformed_penalty)
+        groups = {expert: whole_groups(values_PG, ranks) for expert, values_PG in scores_PG.items()}
+        shares = variance_shares(groups, whole_groups(valid_PG, ranks), self.advantage, self.alpha)
+        self.log_dict({f"align/variance_share/{e}": s for e, s in shares.items()}, batch_size=1, sync_dist=True)
+        advantages, told = credited_advantages(
+            scores_PG,
+            valid_PG,
+            sequences,
+            self.processor,
+            credit=self.credit,
+            mixing=self.advantage,
+            alpha=self.alpha,
+            malformed_penalty=self.malformed_penalty,
+            ranks=ranks,
+        )
         self.log_dict({f"align/{k}": v.float() for k, v in told.items()}, batch_size=1, sync_dist=True, reduce_fx="sum")
-        rewards_PG = self.alpha * scores_PG[EXPERTS[0]] + (1 - self.alpha) * scores_PG[EXPERTS[1]]
-        return advantages_PG.flatten(), rewards_PG
+        return advantages, mixed_rewards(scores_PG, self.alpha)
 
     def _policy_backward(
         self,
@@ -274,11 +303,8 @@ class AdversarialAlignModule(LightningModule):
                 loss = self._discriminator_loss(batch, rollouts)
                 check_finite(loss, "align/discriminator_loss", batch.ids)
                 self.manual_backward(loss)
-                norm = clip_gradients(self.discriminator.parameters(), self.discriminator_max_grad_norm)
-                check_finite(norm, "the discriminator's gradient norm", batch.ids)
                 with scaled_rate(optimizer, plan.rate):
-                    optimizer.step()
-                optimizer.zero_grad()
+                    norm = step_network(self, "discriminator", optimizer, self.discriminator_max_grad_norm, batch.ids)
         self.log("align/discriminator_loss", loss.detach(), batch_size=1, sync_dist=True)
         self.log("align/grad_norm/discriminator", norm, batch_size=1)
 
@@ -288,8 +314,10 @@ class AdversarialAlignModule(LightningModule):
 
     def _policy_step(self, batch: PromptBatch) -> None:
         optimizer: Any = self.optimizers()[0]  # type: ignore[index]
+        norm = step_network(self, "policy", optimizer, self.max_grad_norm, batch.ids)
         schedulers: Any = self.lr_schedulers()
-        norm = step_policy(self.policy.parameters(), optimizer, schedulers, self.max_grad_norm, batch.ids)
+        for scheduler in schedulers:
+            scheduler.step()
         self.log("align/grad_norm/policy", norm, batch_size=1)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:

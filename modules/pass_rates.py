@@ -1,10 +1,12 @@
 """The difficulty filter's measurement: how often a policy answers each training prompt right.
 
 Launch: python -m prism_pl predict --config filter.yaml --model.policy.path runs/align/export
-Output: pass_rates.jsonl in the run's folder, a line a prompt, for the `pass_rates` option of the RLVR data.
+Output: pass_rates.jsonl in the run's folder: a line of what was measured, and one a prompt. The RLVR data takes it as
+`pass_rates`.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from prism_pl.batch import Example
 from prism_pl.evaluation import gathered, keep_earlier, write_lines
-from prism_pl.pass_rates import PASS_RATES, PassRate
+from prism_pl.pass_rates import PASS_RATES, HasRecipe, PassRate
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rewards import AccuracyFormatReward, Reward
 from prism_pl.rollout.engine import RolloutEngine, Sampling, generate_batch
 from prism_pl.rollout_stage import check_counts
+from prism_pl.row_needs import RowNeeds
 
 
 class PassRateModule(LightningModule):
@@ -31,6 +34,8 @@ class PassRateModule(LightningModule):
         num_samples: responses a prompt.
         reward: judges them; None is `AccuracyFormatReward()`. Its part "accuracy" must be 0 or 1.
     """
+
+    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,
@@ -100,10 +105,19 @@ class PassRateModule(LightningModule):
             return
         self.output_file.parent.mkdir(parents=True, exist_ok=True)
         keep_earlier(self.output_file)
-        write_lines(self.pass_rates, self.output_file)
+        write_lines([{"recipe": self._recipe()}, *self.pass_rates], self.output_file)
         right = sum(row["num_correct"] for row in self.pass_rates)
         share = right / sum(row["num_samples"] for row in self.pass_rates)
         rank_zero_info(f"{len(self.pass_rates)} pass rates, {share:.1%} of all samples right: {self.output_file}")
+
+    def _recipe(self) -> dict[str, Any]:
+        datamodule = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        return {
+            "data": datamodule.row_recipe() if isinstance(datamodule, HasRecipe) else None,
+            "policy": self.spec.path,
+            "sampling": asdict(self.sampling),
+            "num_samples": self.num_samples,
+        }
 
     def teardown(self, stage: str) -> None:
         self.engine.close()

@@ -35,17 +35,19 @@ from prism_pl.rollout_stage import (
     check_counts,
     check_max_norms,
     check_overlong,
+    check_ranks_per_group,
+    check_same_prompts,
     forget_logged,
     held_out_parts,
     held_out_rollouts,
     length_summary,
-    step_policy,
     total_steps,
     trained_mask,
     warn_inert_kl,
     with_overlong,
 )
-from prism_pl.strategy import check_one_device, check_trainer, share, world_size
+from prism_pl.row_needs import RowNeeds
+from prism_pl.strategy import building, check_trainer, own_part, share, step_network, whole_groups, world_size
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, rows_of, warn_inert_clip
 
@@ -68,6 +70,7 @@ class RLVRModule(LightningModule):
         reward: what a response is worth; None is `AccuracyFormatReward()`, 0.8 accuracy and 0.2 format.
         policy_loss: how advantages become a gradient.
         num_rollouts: G, rollouts a prompt, at least 2.
+        ranks_per_group: how many neighbouring ranks share a group: 4 prompts x 16 on 8 ranks is 2, a batch_size of 1.
         scale: what centred rewards are divided by, see `prism_pl.advantages.group_advantages`.
         updates_per_batch: passes over a rollout batch.
         num_minibatches: optimiser steps a pass; whole groups are shuffled over them.
@@ -87,6 +90,8 @@ class RLVRModule(LightningModule):
         export_dtype: of the exported policy.
     """
 
+    row_needs = RowNeeds(answers=True)
+
     def __init__(
         self,
         policy: PolicySpec,
@@ -96,6 +101,7 @@ class RLVRModule(LightningModule):
         reward: Reward | None = None,
         policy_loss: PolicyLoss | None = None,
         num_rollouts: int = 16,
+        ranks_per_group: int = 1,
         scale: Scale = "group",
         updates_per_batch: int = 1,
         num_minibatches: int = 1,
@@ -123,6 +129,7 @@ class RLVRModule(LightningModule):
         check_max_norms({"max_grad_norm": max_grad_norm})
         if num_rollouts < 2:
             raise ValueError(f"num_rollouts is {num_rollouts}: a rollout is judged against its group, give at least 2")
+        check_ranks_per_group(num_rollouts, ranks_per_group)
         if num_prompts is not None:
             check_counts({"num_prompts": num_prompts})
             if not dynamic_sampling:
@@ -135,7 +142,8 @@ class RLVRModule(LightningModule):
         if overlong_buffer is not None:
             check_overlong(sampling.max_tokens, overlong_buffer, overlong_penalty)
         self.spec, self.freeze_patterns = policy, freeze
-        self.rollout, self.sampling, self.num_rollouts = rollout, sampling, num_rollouts
+        self.rollout, self.sampling = rollout, sampling
+        self.ranks_per_group, self.num_rollouts = ranks_per_group, num_rollouts // ranks_per_group
         self.optimizer = optimizer
         self.reward: Reward = AccuracyFormatReward() if reward is None else reward
         self.policy_loss = policy_loss or ReleasedGRPO()
@@ -164,13 +172,14 @@ class RLVRModule(LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        self.policy = build_policy(self.spec, self.freeze_patterns)
+        with building(self, "policy"):
+            self.policy = build_policy(self.spec, self.freeze_patterns)
         if self.kl.coefficient > 0:
-            self.reference = build_policy(self.spec).eval().requires_grad_(False)
+            with building(self, "reference", frozen=True):
+                self.reference = build_policy(self.spec).eval().requires_grad_(False)
 
     def on_fit_start(self) -> None:
         check_trainer(self.trainer)
-        check_one_device(self.trainer)
         warn_inert_clip(self.policy_loss, num_updates=self.updates_per_batch * self.num_minibatches)
         if self.shuffle_seed is None:
             self.shuffle_seed = torch.initial_seed()
@@ -196,6 +205,7 @@ class RLVRModule(LightningModule):
     def _sample(self, batch: PromptBatch) -> tuple[list[Rollout], RewardOutput]:
         """Rollouts and their rewards: finished groups are rewarded while the engine goes on. `time/reward` is what is
         left of that when it has done."""
+        check_same_prompts(batch.ids, self.ranks_per_group, self.device)
         before = timeouts()
         with Overlap(lambda p, group: self._reward(batch.examples[p], group)) as overlap:
             with self.timer.phase("rollout"):
@@ -224,7 +234,8 @@ class RLVRModule(LightningModule):
             )
         if not self.dynamic_sampling:
             return groups
-        self.buffer.add(groups_worth_training(groups, rewarded.parts))
+        whole = {name: self._whole_groups(values_B).flatten() for name, values_B in rewarded.parts.items()}
+        self.buffer.add(groups_worth_training(groups, whole))
         draw = self.buffer.take(wanted, self.device)
         if draw is None:
             return []
@@ -268,12 +279,15 @@ class RLVRModule(LightningModule):
             penalty_B, kl_mean = kl_reward(self.kl, self.policy, self.reference, sequences, self.numerics)
             rewards_PG = rewards_PG - penalty_B.view_as(rewards_PG)
             self.log("rlvr/kl", kl_mean, batch_size=1, sync_dist=True)
+        ranks = self.ranks_per_group
+        rewards_PG = whole_groups(rewards_PG, ranks)
         if self.scale == "batch" and world_size() > 1:
-            all_PG: Any = self.all_gather(rewards_PG)
+            all_PG: Any = self.all_gather(rewards_PG)[::ranks]  # type: ignore[index]
             advantages_PG, _ = group_advantages(all_PG.flatten(0, 1), self.scale)
-            advantages_PG = advantages_PG.view_as(all_PG)[self.global_rank]
+            advantages_PG = advantages_PG.view_as(all_PG)[self.global_rank // ranks]
         else:
             advantages_PG, _ = group_advantages(rewards_PG, self.scale)
+        advantages_PG = own_part(advantages_PG, ranks)
         check_finite(advantages_PG, "an advantage", sequences.ids)
         return advantages_PG.flatten()
 
@@ -300,8 +314,9 @@ class RLVRModule(LightningModule):
             kl=self.kl,
             what="rlvr/policy_loss",
         )
-        schedulers = [self.lr_schedulers()]
-        norm = step_policy(self.policy.parameters(), self.optimizers(), schedulers, self.max_grad_norm, sequences.ids)
+        norm = step_network(self, "policy", self.optimizers(), self.max_grad_norm, sequences.ids)
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()
         return loss, told | {"grad_norm": norm}
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> StepOutput:
@@ -368,12 +383,17 @@ class RLVRModule(LightningModule):
                 output["accuracy"] = rewarded.parts["accuracy"].view(shape)
         return output
 
+    def _whole_groups(self, values_B: Tensor) -> Tensor:
+        """Of this rank's rollouts, those of their groups, (P, G)."""
+        return whole_groups(values_B.view(-1, self.num_rollouts).to(self.device), self.ranks_per_group)
+
     def _log_batch(self, rollouts: Sequence[Rollout], rewarded: RewardOutput) -> None:
         """What the sampled batch is like, before dynamic sampling chooses."""
         logged = {"reward": rewarded.rewards_B.mean(), **length_summary(rollouts)}
         logged |= {name: values_B.mean() for name, values_B in rewarded.parts.items()}
         self.log_dict({f"rlvr/{name}": value for name, value in logged.items()}, batch_size=1, sync_dist=True)
-        still_P = ~groups_with_variance(rewarded.rewards_B.view(-1, self.num_rollouts))
-        self.log("rlvr/zero_std_groups", still_P.sum().float(), batch_size=1, sync_dist=True, reduce_fx="sum")
+        still_P = ~groups_with_variance(self._whole_groups(rewarded.rewards_B))
+        num_still = still_P.sum().float() / self.ranks_per_group  # each rank of a group counts it
+        self.log("rlvr/zero_std_groups", num_still, batch_size=1, sync_dist=True, reduce_fx="sum")
         tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
         self.log("rlvr/tokens", float(tokens), batch_size=1, reduce_fx="sum")

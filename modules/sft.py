@@ -21,7 +21,8 @@ from prism_pl.losses import masked_nll
 from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.processor import Processor
-from prism_pl.strategy import check_trainer, share
+from prism_pl.row_needs import RowNeeds
+from prism_pl.strategy import building, check_trainer, share
 
 
 class SFTCollator:
@@ -87,12 +88,14 @@ class SFTModule(LightningModule):
         self.export_dtype: Literal["float32", "bfloat16"] = export_dtype
         self.processor = policy.processor()
         self.collator = SFTCollator(self.processor, max_length)
+        self.row_needs = RowNeeds(response=True, max_length=max_length)
         self.policy: Any = None
         self._rows: list[str] = []
 
     def configure_model(self) -> None:
         if self.policy is None:
-            self.policy = build_policy(self.spec, self.freeze_patterns)
+            with building(self, "policy"):
+                self.policy = build_policy(self.spec, self.freeze_patterns)
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """The summed negative log-likelihood of the response tokens, in nats."""
@@ -114,11 +117,13 @@ class SFTModule(LightningModule):
         check_gradients(self.policy.parameters(), "the policy's gradient norm", self._rows)
 
     def _nll_sum(self, batch: SequenceBatch) -> Tensor:
-        pieces = [piece for _, piece in micro_batches(batch, self.micro_batch_tokens)]
+        pieces = list(micro_batches(batch, self.micro_batch_tokens))
         if len(pieces) == 1:
-            return self(pieces[0])
+            return self(pieces[0][1])
         # Automatic optimisation has one backward call: recomputing each piece in it bounds the memory to one piece.
-        return torch.stack([checkpoint(self, piece, use_reentrant=False) for piece in pieces]).sum()
+        sums = [checkpoint(self, piece, use_reentrant=False) for _, piece in pieces]
+        # A piece without rows only keeps this rank in step with the others.
+        return torch.stack([nll if len(rows) else 0 * nll for (rows, _), nll in zip(pieces, sums, strict=True)]).sum()
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         tokens = int(batch.mask_BT.sum())

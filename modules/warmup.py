@@ -28,7 +28,8 @@ from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
-from prism_pl.strategy import check_trainer
+from prism_pl.row_needs import RowNeeds
+from prism_pl.strategy import building, check_trainer
 
 
 class DiscriminatorModule(LightningModule):
@@ -36,8 +37,9 @@ class DiscriminatorModule(LightningModule):
 
     Args:
         policy: the SFT policy, frozen here, that samples the rejected side; rows with a `rejected` need no rollout.
+            Without an engine only its processor is read.
         discriminator: which one, e.g. `DedicatedMoEDiscriminator` with `init_heads: true` on a policy's backbone.
-        rollout: the engine that samples.
+        rollout: the engine that samples; null trains on given pairs alone: every row must have a `rejected`.
         optimizer: an optimiser class with its options.
         sampling: as in the alignment stage, so that the discriminator meets what it will judge there.
         num_rollouts: rollouts, hence pairs, for each prompt.
@@ -50,11 +52,13 @@ class DiscriminatorModule(LightningModule):
         export_dtype: of the exported backbone.
     """
 
+    row_needs = RowNeeds(demonstration=True)
+
     def __init__(
         self,
         policy: PolicySpec,
         discriminator: DiscriminatorFactory,
-        rollout: RolloutEngine,
+        rollout: RolloutEngine | None,
         optimizer: OptimizerCallable,
         sampling: Sampling,
         num_rollouts: int = 1,
@@ -96,10 +100,13 @@ class DiscriminatorModule(LightningModule):
         self.reached_ceiling = False
 
     def configure_model(self) -> None:
-        if self.policy is not None:
+        if self.discriminator is not None:
             return
-        self.policy = build_policy(self.spec).eval().requires_grad_(False)
-        discriminator: Discriminator = self.build_discriminator()
+        if self.rollout is not None:
+            with building(self, "policy", frozen=True):
+                self.policy = build_policy(self.spec).eval().requires_grad_(False)
+        with building(self, "discriminator"):
+            discriminator: Discriminator = self.build_discriminator()
         self.discriminator = discriminator
         self.collator = PromptCollator(
             self.processor, need_demonstration=True, discriminator_processor=discriminator.processor
@@ -136,7 +143,8 @@ class DiscriminatorModule(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         self._rows = batch.ids
         rejected = self._rejected(batch.examples, self.sampling)
-        self.rollout.sleep()
+        if self.rollout is not None:
+            self.rollout.sleep()
         chosen, rolled = self(batch, rejected, training=True)
         valid_B = rolled.valid_B
         loss, told = discriminator_loss(chosen, rolled, self.label_smoothing, self.score_l2)
@@ -195,22 +203,26 @@ class DiscriminatorModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         leave_out(checkpoint, "policy")
         keep_plain_hyperparameters(checkpoint)
-        checkpoint["rollout"] = self.rollout.state_dict()
+        checkpoint["rollout"] = None if self.rollout is None else self.rollout.state_dict()
         checkpoint["reached_ceiling"] = self.reached_ceiling
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        put_back(checkpoint, "policy", self.policy)
+        if self.policy is not None:
+            put_back(checkpoint, "policy", self.policy)
         self._engine_state = checkpoint["rollout"]
         self.reached_ceiling = checkpoint["reached_ceiling"]
 
     def teardown(self, stage: str) -> None:
-        self.rollout.close()
+        if self.rollout is not None:
+            self.rollout.close()
 
     def export(self, folder: Path) -> None:
         """Write the discriminator, loadable alone."""
         self.discriminator.save(Path(folder), self.export_dtype)
 
     def _start_engine(self) -> None:
+        if self.rollout is None:
+            return
         self.rollout.start(self.policy, self.processor, rank=self.global_rank)
         if self._engine_state is not None:
             self.rollout.load_state_dict(self._engine_state)
@@ -218,7 +230,12 @@ class DiscriminatorModule(LightningModule):
     def _rejected(self, examples: Sequence[Example], sampling: Sampling) -> list[list[str]]:
         """For each row its own rejected response, or else rollouts of the policy."""
         unpaired = [example for example in examples if example.rejected is None]
-        rollouts = self.rollout.generate(unpaired, self.num_rollouts, sampling) if unpaired else []
+        if unpaired and self.rollout is None:
+            raise ValueError(
+                f"row {unpaired[0].id!r} has no rejected response, and model.init_args.rollout is null: name the "
+                "engine that samples one, or give pairs (datamodules.PairsDataModule)"
+            )
+        rollouts = self.rollout.generate(unpaired, self.num_rollouts, sampling) if unpaired and self.rollout else []
         texts = iter([rollout.text for rollout in rollouts])
         return [
             [next(texts) for _ in range(self.num_rollouts)] if example.rejected is None else [example.rejected]

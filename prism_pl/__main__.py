@@ -20,7 +20,10 @@ COMMANDS = {
     "test": ("evaluate on the test splits", "prism_pl.cli:run"),
     "predict": ("measure pass rates of the training prompts", "prism_pl.cli:run"),
     "report": ("tables and figures of finished runs", "prism_pl.report.command:run"),
+    "data": ("check, pairs, distill: look at data, and make it", "prism_pl.data.command:run"),
     "pipeline": ("all stages, with a ledger of them", "prism_pl.pipeline.command:run"),
+    "push": ("upload an export to the Hugging Face hub", "prism_pl.push:run"),
+    "ablations": ("variants of the pipeline over seeds, and their tables", "prism_pl.ablations.command:run"),
 }
 
 HELP = """usage: python -m prism_pl COMMAND [--config FILE] [--KEY VALUE ...]
@@ -36,6 +39,9 @@ options:
   --KEY VALUE         any key of the YAML, such as --trainer.max_steps 10
   --print_config      print the complete configuration and stop
   --fresh             fit: start anew beside an earlier run, in the next free folder (runs/align-2), instead of going on
+  --weights-only-resume
+                      fit: take only networks and position from the checkpoint, where another strategy or number of
+                      processes cannot go on with the rest of it
   --debug             show Python's traceback with an error (or PRISM_TRACEBACK=1)
   COMMAND --help      every key of a command; --model.help CLASS: those of a class
 

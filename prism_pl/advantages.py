@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from prism_pl.aggregation import Metrics
-from prism_pl.chat import EXPERTS
+from prism_pl.chat import EXPERTS, WHOLE
 
 Scale = Literal["group", "batch", "none"]
+Mixing = Literal["paper", "released"]
 
 EPS = 1e-6
 ZERO_STD = 1e-6
@@ -36,7 +37,8 @@ def paper_advantages(scores: Mapping[str, Tensor], valid_PG: Tensor, alpha: floa
     penalty; a group without a valid response, without variance, or of one gets A = 0.
 
     Args:
-        scores: `perception` and `reasoning`, each (P, G); rows that are not valid may hold anything.
+        scores: `perception` and `reasoning`, each (P, G), or `response` alone (then alpha is without effect); rows that
+            are not valid may hold anything.
         valid_PG: True where the response follows the three-block format.
         alpha: weight of the perception expert, in [0, 1].
 
@@ -49,10 +51,10 @@ def paper_advantages(scores: Mapping[str, Tensor], valid_PG: Tensor, alpha: floa
     """
     weights = _expert_weights(scores, alpha)
     device, valid_PG = valid_PG.device, valid_PG.bool().cpu()
-    reward_PG = torch.stack([weights[name] * _exact(scores[name]) for name in EXPERTS]).sum(0)
+    reward_PG = torch.stack([weight * _exact(scores[name]) for name, weight in weights.items()]).sum(0)
     reward_PG, all_malformed_P = _fill_malformed(reward_PG, valid_PG)
     advantages_PG, zero_std_P = _normalise(reward_PG)
-    return _like(advantages_PG, scores[EXPERTS[0]]), _metrics(zero_std_P, all_malformed_P, valid_PG, device)
+    return _like(advantages_PG, _any(scores)), _metrics(zero_std_P, all_malformed_P, valid_PG, device)
 
 
 def released_advantages(
@@ -80,22 +82,71 @@ def released_advantages(
         ValueError: alpha outside [0, 1], a negative penalty, or experts other than perception and reasoning.
     """
     weights = _expert_weights(scores, alpha)
-    if not malformed_penalty >= 0.0:
-        raise ValueError(f"malformed_penalty: {malformed_penalty!r} must be at least 0; it is subtracted.")
+    _check_penalty(malformed_penalty)
     device, valid_PG = valid_PG.device, valid_PG.bool().cpu()
-    group_of_one = valid_PG.shape[1] == 1
+    normalised, zero_std_P = _normalise_each(scores, valid_PG, "released")
     advantages_PG = -malformed_penalty * (~valid_PG).double()
-    zero_std_P = torch.full_like(valid_PG[:, 0], not group_of_one)
-    all_malformed_P = ~valid_PG.any(1)
-    for name in EXPERTS:
-        filled_PG, _ = _fill_malformed(_exact(scores[name]), valid_PG)
-        if group_of_one:
-            normalised_PG = filled_PG / (1.0 + EPS)
-        else:
-            normalised_PG, expert_zero_std_P = _normalise(filled_PG)
-            zero_std_P = zero_std_P & expert_zero_std_P
-        advantages_PG = advantages_PG + weights[name] * normalised_PG
-    return _like(advantages_PG, scores[EXPERTS[0]]), _metrics(zero_std_P, all_malformed_P, valid_PG, device)
+    for name, weight in weights.items():
+        advantages_PG = advantages_PG + weight * normalised[name]
+    metrics = _metrics(zero_std_P, ~valid_PG.any(1), valid_PG, device)
+    return _like(advantages_PG, _any(scores)), metrics
+
+
+def segment_advantages(
+    scores: Mapping[str, Tensor],
+    valid_PG: Tensor,
+    mixing: Mixing,
+    alpha: float = 0.5,
+    malformed_penalty: float = 1.5,
+) -> tuple[dict[str, Tensor], Metrics]:
+    """Advantages by expert, for credit by segment: `A_k = 2 w_k norm(D_k)` with w = (alpha, 1 - alpha), so that at 0.5
+    each expert's tokens carry its own normalised score, and the mean over both is what `released` gives every token.
+
+    Args:
+        scores, valid_PG, alpha: as in `released_advantages`.
+        mixing: what the other cases are taken from. `paper`: no penalty, and A = 0 in a group of one. `released`: A_k
+            minus `malformed_penalty` where malformed, and raw scores in a group of one.
+
+    Returns:
+        advantages_PG of `perception` and `reasoning`, and the metrics of `released_advantages`.
+    """
+    weights = _expert_weights(scores, alpha)
+    _check_penalty(malformed_penalty)
+    device, valid_PG = valid_PG.device, valid_PG.bool().cpu()
+    normalised, zero_std_P = _normalise_each(scores, valid_PG, mixing)
+    penalty_PG = (malformed_penalty if mixing == "released" else 0.0) * (~valid_PG).double()
+    by_expert = {
+        name: _like(len(weights) * weight * normalised[name] - penalty_PG, scores[name])
+        for name, weight in weights.items()
+    }
+    return by_expert, _metrics(zero_std_P, ~valid_PG.any(1), valid_PG, device)
+
+
+def mixed_rewards(scores: Mapping[str, Tensor], alpha: float) -> Tensor:
+    """`alpha D_perception + (1 - alpha) D_reasoning` (eq. 1), or the score of the only expert."""
+    weights = _expert_weights(scores, alpha)
+    return torch.stack([weight * scores[name] for name, weight in weights.items()]).sum(0)
+
+
+def variance_shares(
+    scores: Mapping[str, Tensor], valid_PG: Tensor, mixing: Mixing, alpha: float = 0.5
+) -> dict[str, Tensor]:
+    """How much of what the policy is rewarded by comes from each expert, whatever alpha says: the covariance of its
+    term with the sum of the terms over the variance of the sum, within groups and over valid responses. Adds up to 1;
+    below 0 where an expert pulls against the sum; NaN without any variance.
+
+    Args:
+        mixing: the terms are weighted scores (`paper`) or weighted normalised scores (`released`).
+    """
+    weights = _expert_weights(scores, alpha)
+    device, valid_PG = valid_PG.device, valid_PG.bool().cpu()
+    values = {name: _exact(value) for name, value in scores.items()}
+    if mixing == "released":
+        values, _ = _normalise_each(scores, valid_PG, mixing)
+    terms = {name: _centred(weight * values[name], valid_PG) for name, weight in weights.items()}
+    total_PG = torch.stack(list(terms.values())).sum(0)
+    variance = total_PG.square().sum()
+    return {name: ((term * total_PG).sum() / variance).float().to(device) for name, term in terms.items()}
 
 
 def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> tuple[Tensor, Metrics]:
@@ -147,9 +198,43 @@ def _expert_weights(scores: Mapping[str, Tensor], alpha: float) -> dict[str, flo
         raise ValueError(
             f"alpha: {alpha!r} must lie in [0, 1]: the perception expert's weight; reasoning gets the rest."
         )
+    if tuple(scores) == WHOLE:
+        return {WHOLE[0]: 1.0}
     if set(scores) != set(EXPERTS):
         raise ValueError(f"scores: experts {sorted(scores)} given, {sorted(EXPERTS)} needed to mix them by alpha.")
     return {"perception": alpha, "reasoning": 1.0 - alpha}
+
+
+def _check_penalty(malformed_penalty: float) -> None:
+    if not malformed_penalty >= 0.0:
+        raise ValueError(f"malformed_penalty: {malformed_penalty!r} must be at least 0; it is subtracted.")
+
+
+def _any(scores: Mapping[str, Tensor]) -> Tensor:
+    return next(iter(scores.values()))
+
+
+def _centred(values_PG: Tensor, valid_PG: Tensor) -> Tensor:
+    """Minus the mean over the group's valid rows; 0 where not valid."""
+    values_PG = torch.where(valid_PG, values_PG, torch.zeros_like(values_PG))
+    mean_P1 = values_PG.sum(1, keepdim=True) / valid_PG.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(valid_PG, values_PG - mean_P1, torch.zeros_like(values_PG))
+
+
+def _normalise_each(scores: Mapping[str, Tensor], valid_PG: Tensor, mixing: Mixing) -> tuple[dict[str, Tensor], Tensor]:
+    """Each expert's filled scores normalised over the group, and (P,) where no expert has variance. `released` keeps a
+    group of one as it is, and does not count it."""
+    group_of_one = mixing == "released" and valid_PG.shape[1] == 1
+    zero_std_P = torch.full_like(valid_PG[:, 0], not group_of_one)
+    normalised = {}
+    for name, value in scores.items():
+        filled_PG, _ = _fill_malformed(_exact(value), valid_PG)
+        if group_of_one:
+            normalised[name] = filled_PG / (1.0 + EPS)
+        else:
+            normalised[name], expert_zero_std_P = _normalise(filled_PG)
+            zero_std_P = zero_std_P & expert_zero_std_P
+    return normalised, zero_std_P
 
 
 def _fill_malformed(scores_PG: Tensor, valid_PG: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prism_pl.strategy.ranks import global_max, world_size
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -137,28 +139,52 @@ def micro_batches(batch: SequenceBatch, max_tokens: int | None) -> Iterator[tupl
     """Cut a batch along B into pieces whose padded size stays within `max_tokens` (a single longer sequence stands
     alone). None does not cut. Every piece comes with the indices of the rows it holds.
 
+    Every rank comes here at once and gets as many pieces, since each means a collective operation: a rank with fewer
+    splits them further, and where it has not as many rows, a piece comes with no indices and a row that does not count.
+
     Groups of like length stand together, longest first: less padding, and the piece that needs the most memory comes
     before memory is in pieces. A group (neighbours over the same prompt, such as its rollouts) is not scattered:
     every piece encodes its images anew.
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"micro_batch_tokens is {max_tokens}: give at least 1, or null for the whole batch at once")
-    lengths = batch.lengths_B.tolist()
-    if max_tokens is None or len(batch) * max(lengths) <= max_tokens:
+    pieces = _pieces(batch, max_tokens)
+    if world_size() > 1 and max_tokens is not None:
+        num_pieces = int(global_max(torch.tensor(len(pieces), device=batch.lengths_B.device)))
+        pieces = _split_into(pieces, num_pieces)
+    if len(pieces) == 1:
         yield torch.arange(len(batch)), batch
         return
+    for rows in pieces:
+        yield torch.tensor(rows, dtype=torch.long), batch.select(torch.tensor(rows or [0]))
+
+
+def _pieces(batch: SequenceBatch, max_tokens: int | None) -> list[list[int]]:
+    """Rows of each piece."""
+    lengths = batch.lengths_B.tolist()
+    if max_tokens is None or len(batch) * max(lengths) <= max_tokens:
+        return [list(range(len(batch)))]
     groups = batch.groups()
     groups.sort(key=lambda rows: -max(lengths[row] for row in rows))
     order = [row for rows in groups for row in sorted(rows, key=lambda row: -lengths[row])]
-    piece: list[int] = []
+    pieces: list[list[int]] = [[]]
     longest = 0
     for row in order:
         longest = max(longest, lengths[row])
-        if piece and longest * (len(piece) + 1) > max_tokens:
-            yield torch.tensor(piece), batch.select(torch.tensor(piece))
-            piece, longest = [], lengths[row]
-        piece.append(row)
-    yield torch.tensor(piece), batch.select(torch.tensor(piece))
+        if pieces[-1] and longest * (len(pieces[-1]) + 1) > max_tokens:
+            pieces.append([])
+            longest = lengths[row]
+        pieces[-1].append(row)
+    return pieces
+
+
+def _split_into(pieces: list[list[int]], num: int) -> list[list[int]]:
+    """The same rows in `num` pieces, the largest of which are halved; empty ones where there are too few rows."""
+    while len(pieces) < num:
+        k = max(range(len(pieces)), key=lambda k: len(pieces[k]))
+        middle = (len(pieces[k]) + 1) // 2
+        pieces = [*pieces[:k], pieces[k][:middle], pieces[k][middle:], *pieces[k + 1 :]]
+    return pieces
 
 
 def in_order(rows: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:

@@ -15,20 +15,23 @@ class BatchDraws(Callback):
 
     The seed is torch's at the start of the run (so `seed_everything` sets it) and lies in the checkpoint. Saved
     generator states alone would not do: a sanity check, a validation or a loader's workers draw from the same
-    generators, and a resumed run may have them at other times. They are saved too, the first rank's, for what draws
-    between a checkpoint and the next batch.
+    generators, and a resumed run may have them at other times. They are saved too, for what draws between a checkpoint
+    and the next batch: of every rank where a checkpoint has a part for each, of the first alone otherwise.
     """
 
     def __init__(self) -> None:
         self.seed: int | None = None
+        self.rank = 0
+        self._saved_rank = 0
         self._generators: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rank = trainer.global_rank
         if self.seed is None:
             self.seed = torch.initial_seed()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._generators is not None and trainer.is_global_zero:
+        if self._generators is not None and self.rank == self._saved_rank:
             _set_generators(self._generators)
         self._generators = None
 
@@ -46,10 +49,10 @@ class BatchDraws(Callback):
         torch.manual_seed(self.seed)  # whatever runs next in this process finds the run's seed, not the last batch's
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "generators": _generators()}
+        return {"seed": self.seed, "rank": self.rank, "generators": _generators()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seed = state_dict["seed"]
+        self.seed, self._saved_rank = state_dict["seed"], state_dict["rank"]
         self._generators = state_dict["generators"]
 
 

@@ -28,6 +28,7 @@ WHOLE = ("response",)  # the only segment of a discriminator that reads the whol
 _TAG = re.compile(r"</?(?:caption|think|answer)>")
 _RESPONSE = re.compile(r"\s*<caption>(.*)</caption>\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 _WHITE_SPACE = re.compile(r"\s+")
+_CONTROL = re.compile(r"<(?=\|[\w.-]+\|>)")
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,27 @@ def segments(parsed: Parsed, experts: Sequence[str] = EXPERTS) -> dict[str, str]
     return {expert: texts[expert] for expert in experts}
 
 
+def block_spans(text: str) -> dict[str, tuple[int, int]]:
+    """Where the three blocks stand in a well-formed response, tags included, in characters. What stands before the
+    first block belongs to it, and what stands behind a block to that one, so that the spans are the whole text.
+    ValueError for a malformed response."""
+    reason = parse(text).reason
+    if reason:
+        raise ValueError(f"a malformed response has no blocks: {reason}")
+    bounds = [0, *(text.index(f"<{name}>") for name in BLOCKS[1:]), len(text)]
+    return {name: (start, stop) for name, start, stop in zip(BLOCKS, bounds, bounds[1:], strict=False)}
+
+
 def normalise(text: str) -> str:
     """Fold every run of white space into one space, keeping line breaks apart from spaces: a line break is structure
     (one item a line), so runs that hold one become one line break."""
     return _WHITE_SPACE.sub(lambda run: "\n" if "\n" in run.group() else " ", text).strip()
+
+
+def plain_text(text: str) -> str:
+    """`text` with a zero-width space inside each control token that it spells out (`<|im_end|>` and its like), so that
+    no tokenizer, ours or an engine's, takes it for one. It looks the same, and other text is returned unchanged."""
+    return _CONTROL.sub("<\u200b", text)
 
 
 def lenient_answer(text: str) -> str:

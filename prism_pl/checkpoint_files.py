@@ -4,9 +4,10 @@
         last.ckpt              what a run goes on from
         previous.ckpt          the one before it
         next.ckpt              whole, and to become last.ckpt once the logs of its step are on the disk
-        *.partial              being written; a kill leaves it behind, and the next start removes it
+        *.partial              being written, or passed over; a kill leaves it behind, and the next start removes it
 
-`last.ckpt` may be a folder, as DeepSpeed writes it. Not one of these names ever stands for half a checkpoint.
+`last.ckpt` may be a folder, of several engines (`prism_pl.strategy.folder_checkpoint`). Not one of these names ever
+stands for half a checkpoint.
 """
 
 import errno
@@ -28,6 +29,7 @@ from prism_pl.errors import UsageError
 LAST = Path("checkpoints") / "last.ckpt"
 PREVIOUS = "previous.ckpt"
 PARTIAL = ".partial"
+PASSED_OVER = f"passed-over{PARTIAL}"
 PROGRESS = "progress.json"
 STARTS = "starts.jsonl"
 ZIP = b"PK\x03\x04"  # how a file of torch.save begins
@@ -53,7 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with whole_file(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch.save wraps what the file system says in a RuntimeError
-            raise CheckpointNotWritten(_not_written(path, error)) from error
+            raise not_written(path, error) from error
 
 
 def intact(last: Path) -> str:
@@ -61,12 +63,13 @@ def intact(last: Path) -> str:
     return f"{last} is intact, and the same command goes on from it" if last.exists() else "there is no checkpoint yet"
 
 
-def _not_written(path: Path, error: BaseException) -> str:
+def not_written(path: Path, error: BaseException) -> CheckpointNotWritten:
+    """What to raise where `path` could not be written."""
     reason: BaseException | None = error
     while reason is not None and not isinstance(reason, OSError):
         reason = reason.__cause__ or reason.__context__
     said = (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(error).splitlines()[0]
-    return (
+    return CheckpointNotWritten(
         f"the checkpoint {path} could not be written ({said}): free space there or make it writable; "
         f"{intact(path.parent / LAST.name)}. "
         "Another place is --trainer.default_root_dir."
@@ -120,12 +123,13 @@ class LastCheckpoints:
         self.last = run / LAST
         self.previous = self.last.with_name(PREVIOUS)
         self.next = self.last.with_name("next.ckpt")
+        self.passed_over = self.last.with_name(PASSED_OVER)
         # Whether `last` is this run's: one that is broken, or was passed over, must not take the previous one's place.
         self.own_last = False
 
     def to_go_on_from(self) -> Path | None:
         """The newest whole checkpoint, or None."""
-        if not self.last.exists() and self.previous.exists() and self.next.exists():
+        if not self.last.exists() and self.next.exists() and (self.previous.exists() or self.passed_over.exists()):
             return self.next  # killed between the two renames of `publish`
         return next((path for path in (self.last, self.previous) if path.exists()), None)
 
@@ -156,15 +160,24 @@ class LastCheckpoints:
 
     def publish(self, step: int) -> None:
         """Let `next` be the last checkpoint. A kill at any point leaves one to go on from."""
-        if not self.own_last:
-            remove(self.last)
-        elif self.last.exists():
+        if self.own_last and self.last.exists():
             os.replace(self.last, self.previous)
+        elif self.last.is_dir() or (self.last.exists() and self.next.is_dir()):
+            # A file takes a file's name at once; a name cannot pass from or to a folder so.
+            os.replace(self.last, self.passed_over)
         os.replace(self.next, self.last)
         sync_folder(self.last.parent)
+        remove(self.passed_over)
         self.own_last = True
+        self._note(step, finished=False)
+
+    def finish(self, step: int) -> None:
+        """Note that the fit has ended in order, what its callbacks export included."""
+        self._note(step, finished=True)
+
+    def _note(self, step: int, finished: bool) -> None:
         with whole_file(self.run / PROGRESS) as file:
-            file.write(json.dumps({"step": step, "checkpoint": str(LAST)}).encode())
+            file.write(json.dumps({"step": step, "checkpoint": str(LAST), "finished": finished}).encode())
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -190,8 +203,10 @@ class Summary:
 def read_summary(path: Path) -> Summary:
     """Look into a checkpoint without reading its weights. UsageError where the file is cut off; an UnpicklingError
     where it holds more than tensors and plain values."""
-    if path.is_dir():  # as DeepSpeed writes it: a file for each rank
-        return Summary(_noted_step(path.parent.parent))
+    if path.is_dir():  # of several engines: the networks lie beside a file of each rank
+        path = path / "rank-0.ckpt"
+    if not path.is_file():
+        raise UsageError(f"{path.parent} is no checkpoint: it has no {path.name}. {_way_out(path.parent)}")
     with open(path, "rb") as file:
         is_zip = file.read(len(ZIP)) == ZIP
     try:
@@ -227,6 +242,12 @@ def _way_out(broken: Path) -> str:
 def _noted_step(run: Path) -> int | None:
     file = run / PROGRESS
     return json.loads(file.read_text())["step"] if file.is_file() else None
+
+
+def was_finished(run: Path) -> bool:
+    """Whether the last fit in a run's folder ended in order."""
+    file = run / PROGRESS
+    return file.is_file() and json.loads(file.read_text()).get("finished", False)
 
 
 def refuse_lost_checkpoint(run: Path) -> None:

@@ -7,6 +7,7 @@ Launch: `python -m prism_pl fit --config align.yaml`.
 import contextlib
 import importlib
 import pkgutil
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,9 +32,10 @@ from prism_pl.checkpoint_files import (
     intact,
     read_summary,
     refuse_lost_checkpoint,
+    was_finished,
 )
 from prism_pl.errors import Stopped, UsageError, did_you_mean
-from prism_pl.explain import explain, file_with_key, nested_keys, own_error
+from prism_pl.explain import explain, explain_lightning, file_with_key, nested_keys, own_error
 from prism_pl.last_checkpoint import LastCheckpoint
 from prism_pl.origin import SYSTEMS, check_origin
 from prism_pl.run_folder import (
@@ -44,21 +46,27 @@ from prism_pl.run_folder import (
     hush_writer_threads,
     nameless_write_error,
     refuse_other_settings,
+    remove_unused,
+    say_finished,
 )
 from prism_pl.shipped import find_config, resolve_paths, stage_of
+from prism_pl.strategy.weights_only import LOST, NetworksOnly
 
 HALF_WEIGHTS = ("bf16-true", "16-true")
+FRESH, NETWORKS = FLAGS = ("--fresh", "--weights-only-resume")
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
 
 
 def run(args: list[str]) -> None:
     """Run one Lightning command: `["fit", "--config", "align.yaml", ...]`."""
-    fresh = "--fresh" in args
-    if fresh and args[0] != "fit":
-        raise UsageError(f"--fresh belongs to fit; {args[0]} writes nothing that it could go on with.")
+    flags = [flag for flag in FLAGS if flag in args]
+    if flags and args[0] != "fit":
+        raise UsageError(f"{flags[0]} belongs to fit; {args[0]} writes nothing that it could go on with.")
+    if len(flags) > 1:
+        raise UsageError(f"{' and '.join(flags)} contradict each other: a run starts anew, or goes on.")
     import_systems()
     hush_writer_threads()
-    PrismCLI([arg for arg in args if arg != "--fresh"], fresh=fresh)
+    PrismCLI([arg for arg in args if arg not in FLAGS], fresh=FRESH in flags, weights_only_resume=NETWORKS in flags)
 
 
 def import_systems() -> None:
@@ -124,10 +132,11 @@ class PrismCLI(LightningCLI):
     Args:
         args: the command and its options.
         fresh: start in a new folder where the run's own is taken.
+        weights_only_resume: take only networks and position from the checkpoint that is gone on from.
     """
 
-    def __init__(self, args: list[str], fresh: bool = False) -> None:
-        self.fresh = fresh
+    def __init__(self, args: list[str], fresh: bool = False, weights_only_resume: bool = False) -> None:
+        self.fresh, self.weights_only_resume = fresh, weights_only_resume
         self.resume_from: Path | None = None
         self.resumed = Summary(step=0, num_batches=0)
         with contextlib.ExitStack() as self._held:  # the run folder, while the command runs
@@ -180,7 +189,10 @@ class PrismCLI(LightningCLI):
         """Choose the run's folder and the checkpoint to go on from."""
         config = self.config[str(self.subcommand)]
         files = config.get("config") or []
-        stage = "+".join(stage_of(Path(str(file.absolute))) for file in files) or str(self.subcommand)
+        names = [stage_of(Path(str(file.absolute))) for file in files]
+        # How a run is spread over devices is no other run: its folder is the same, and it is told where it cannot go
+        # on.
+        stage = "+".join(name for name in names if not name.startswith("strategy/")) or str(self.subcommand)
         if self.subcommand == "fit" and str(config.trainer.precision) in HALF_WEIGHTS:
             raise UsageError(
                 f"trainer.precision is {config.trainer.precision}: steps of a small learning rate round to nothing on "
@@ -192,16 +204,20 @@ class PrismCLI(LightningCLI):
         config.trainer.default_root_dir = str(folder)
         rank_zero_info(f"Run folder: {folder} (tensorboard --logdir {folder})")
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            begins = not folder.exists()
             check_writable(folder)
             if rank_zero_only.rank == 0:
                 self._held.enter_context(held(folder))
+                if begins:  # what stops before anything is written leaves no folder
+                    self._held.callback(remove_unused, folder)
             self._go_on(folder, config)
 
     def _go_on(self, folder: Path, config: Namespace) -> None:
         """Find the checkpoint to go on from, and say so; UsageError where it cannot be or should not be."""
         if config.ckpt_path:
-            if Path(config.ckpt_path).is_file():
+            if Path(config.ckpt_path).exists():
                 self.resumed = read_summary(Path(config.ckpt_path))
+            self._say_what_is_lost()
             return
         self.resume_from = LastCheckpoints(folder).to_go_on_from()
         if self.resume_from is None:
@@ -211,8 +227,16 @@ class PrismCLI(LightningCLI):
         plain = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
         changes = refuse_other_settings(folder, plain)
         changed = f" Changed since: {'; '.join(changes)}." if changes else ""
+        self._say_what_is_lost()
         gone = f"{folder / LAST} is gone. " if self.resume_from.name == PREVIOUS else ""
+        if not changes and was_finished(folder) and (self.resumed.step or 0) >= config.trainer.max_steps > 0:
+            say_finished(folder, self.resumed.step, already=True)
+            sys.exit()  # before anything is loaded
         rank_zero_info(f"{gone}Going on from {self.resume_from}{self.resumed} (--fresh starts anew).{changed}")
+
+    def _say_what_is_lost(self) -> None:
+        if self.weights_only_resume:
+            rank_zero_info(f"{NETWORKS}: going on with the networks and the position in the data. {LOST}.")
 
     def instantiate_classes(self) -> None:
         try:
@@ -249,6 +273,8 @@ class PrismCLI(LightningCLI):
             trainer.strategy, DeepSpeedStrategy
         ):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self.weights_only_resume:
+            trainer.strategy.checkpoint_io = NetworksOnly(trainer.strategy.checkpoint_io)
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -260,6 +286,10 @@ class PrismCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except ValueError as error:
+            if (told := explain_lightning(error)) is None:
+                raise
+            raise told from error
         except SystemExit as stop:
             # Lightning answers Ctrl+C by closing down in order and exiting.
             if self.trainer.state.status == TrainerStatus.INTERRUPTED:
@@ -273,11 +303,9 @@ class PrismCLI(LightningCLI):
                 f"{folder} cannot be written to ({error.strerror}): free space there or make it writable; "
                 f"{intact(folder / LAST)}."
             ) from error
-        if subcommand == "fit" and self.resume_from is not None and not self._trained():
-            rank_zero_info(
-                f"{self.trainer.default_root_dir} was finished already, at step {self.trainer.global_step}. "
-                "More steps: --trainer.max_steps; a new run: --fresh."
-            )
+        if subcommand == "fit":
+            already = self.resume_from is not None and not self._trained()
+            say_finished(Path(self.trainer.default_root_dir), self.trainer.global_step, already)
 
     def _trained(self) -> bool:
         """Whether fit took a step; a run at its max_steps returns before training starts."""

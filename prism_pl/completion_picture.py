@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from prism_pl.processor import open_image
+from prism_pl.images import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

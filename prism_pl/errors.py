@@ -5,6 +5,7 @@ Light: imports nothing but the standard library.
 
 import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable
@@ -58,13 +59,19 @@ def report(error: BaseException) -> int:
     if wants_traceback() or not expected:
         traceback.print_exception(error)
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_RUN
-    message = str(error).strip() or type(error).__name__
+    message = _of_the_worker(str(error).strip()) or type(error).__name__
     if isinstance(error, UnpicklingError):
         reason = message.splitlines()[0]
         message = f"A checkpoint was refused: only tensors and plain values are read, never a pickle. {reason}"
     hint = "" if isinstance(error, UsageError | PipelineFailed) else " (--debug shows where)"
     print(f"\nerror: {message}{hint}", file=sys.stderr)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_RUN
+
+
+def _of_the_worker(message: str) -> str:
+    """What an error in a data loader's worker said: torch raises it anew with the worker's traceback as its message."""
+    match = re.match(r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback", message)
+    return message if match is None else message.rpartition(f"\n{match.group(1)}: ")[2]
 
 
 def _is_misconfiguration(error: BaseException) -> bool:

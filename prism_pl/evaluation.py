@@ -7,11 +7,11 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, runtime_checkable
 
-from prism_pl.chat import parse
+from prism_pl.chat import lenient_answer, parse
 from prism_pl.metrics.counting import Rule, count_segment
 
 if TYPE_CHECKING:  # reports read records without torch
@@ -21,13 +21,16 @@ if TYPE_CHECKING:  # reports read records without torch
 IMAGES = "images"
 
 Side = Literal["policy", "supervision"]
+# What a judge model made of the rule's verdict.
+Judged = Literal["kept", "to_right", "to_wrong", "silent"]
 Record = TypeVar("Record", bound=Mapping[str, Any])
 SIDES: tuple[Side, ...] = ("policy", "supervision")
 
 
 class ResponseRecord(TypedDict):
     """One response. `items`, `steps`, `caption` and `reasoning` are None where malformed, and the last two where no
-    scene is known; `correct` is through the format, `lenient` wherever the answer stands."""
+    scene is known; `correct` is through the format, `lenient` wherever the answer stands. `nll` has the supervision's
+    response where the drift meter measured it: block -> summed negative log-likelihood under the policy, and tokens."""
 
     text: str
     valid: bool
@@ -40,11 +43,16 @@ class ResponseRecord(TypedDict):
     steps: int | None
     caption: dict[str, int] | None
     reasoning: dict[str, int] | None
+    judged: NotRequired[Judged]  # where a judge model was asked
+    nll: NotRequired[dict[str, tuple[float, int]]]
 
 
 class PromptRecord(TypedDict):
     """One prompt with the policy's samples and, where the row has one, the supervision's response. `images` are the
-    files kept of its images, relative to the evaluation's folder; empty where none were kept."""
+    files kept of its images, relative to the evaluation's folder; empty where none were kept.
+
+    Prompts of one `unit` are resampled together; without one a prompt stands alone. `scores` are those over the
+    questions of a unit that its prompts count in, each as its `part` (`prism_pl.metrics.unit_scores`)."""
 
     id: str
     family: str
@@ -54,6 +62,16 @@ class PromptRecord(TypedDict):
     policy: list[ResponseRecord]
     supervision: ResponseRecord | None
     images: list[str]
+    unit: NotRequired[str]
+    part: NotRequired[str]
+    scores: NotRequired[list[str]]
+
+
+@runtime_checkable
+class KnowsRightAnswers(Protocol):
+    """A datamodule with a rule of its own for its answers, as benchmarks have. `answer` is no whole response."""
+
+    def is_right(self, answer: str, example: "Example") -> bool: ...
 
 
 class Judge:
@@ -62,19 +80,26 @@ class Judge:
     Args:
         rule: how items and steps are counted.
         checker: checks captions and steps against the scene; None where scenes are unknown.
+        is_right: says which answers are right; None is `rewards.is_right`, any of the row's answers.
     """
 
-    def __init__(self, rule: Rule, checker: "SceneChecker | None" = None) -> None:
-        from prism_pl.rewards import AccuracyFormatReward
+    def __init__(
+        self,
+        rule: Rule,
+        checker: "SceneChecker | None" = None,
+        is_right: "Callable[[str, Example], bool] | None" = None,
+    ) -> None:
+        from prism_pl import rewards
 
         self.rule: Rule = rule
         self.checker = checker
-        self.strict = AccuracyFormatReward(strict=True)
-        self.lenient = AccuracyFormatReward(strict=False)
+        self.is_right = is_right or rewards.is_right
 
     def __call__(self, text: str, example: "Example", tokens: int, truncated: bool = False) -> ResponseRecord:
         """Judge one response of `tokens` tokens. ValueError for a row without answers."""
         parsed = parse(text)
+        # The answer block's text where the response is well-formed, so both verdicts come from one answer.
+        right = self.is_right(lenient_answer(text), example)
         caption = reasoning = None
         if parsed.valid and self.checker is not None:
             said = self.checker.check_caption(parsed.caption, example)
@@ -85,8 +110,8 @@ class Judge:
             text=text,
             valid=parsed.valid,
             malformed_reason=parsed.reason,
-            correct=bool(self.strict([text], [example]).parts["accuracy"].item()),
-            lenient=bool(self.lenient([text], [example]).parts["accuracy"].item()),
+            correct=right and parsed.valid,
+            lenient=right,
             tokens=tokens,
             truncated=truncated,
             items=count_segment(text, "caption", self.rule),
@@ -94,6 +119,14 @@ class Judge:
             caption=caption,
             reasoning=reasoning,
         )
+
+
+def after_judge(record: ResponseRecord, verdict: bool | None) -> ResponseRecord:
+    """A record with a judge model's verdict in the place of the rule's; None leaves that one."""
+    if verdict is None:
+        return {**record, "judged": "silent"}
+    turned: Judged = "kept" if verdict == record["lenient"] else "to_right" if verdict else "to_wrong"
+    return {**record, "lenient": verdict, "correct": verdict and record["valid"], "judged": turned}
 
 
 def responses_of(record: PromptRecord, side: Side) -> list[ResponseRecord]:
@@ -105,7 +138,7 @@ def responses_of(record: PromptRecord, side: Side) -> list[ResponseRecord]:
 
 def keep_images(example: "Example", folder: Path, side: int = 512) -> list[str]:
     """Write the example's images as PNG files, no side longer than `side` pixels. Returns their paths in `folder`."""
-    from prism_pl.processor import open_image
+    from prism_pl.images import open_image
 
     files = []
     for number, image in enumerate(example.images):

@@ -11,14 +11,16 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from prism_pl.errors import did_you_mean
+from prism_pl.errors import UsageError, did_you_mean
 
 CLASS_PATH = re.compile(r"class_path '([\w.]+)'|class_path='([\w.]+)'")
+INIT_ARGS = ".init_args."
 PARSER_KEY = re.compile(r'(?:Parser|Config) key "([\w.]+)"')
 
 
@@ -46,9 +48,26 @@ def known_classes() -> dict[str, str]:
 
 
 def _where(message: str) -> str:
-    """The dotted key the message is about: nested "Parser key" lines are joined the way a YAML nests them."""
-    parts = list(dict.fromkeys(PARSER_KEY.findall(message)))
-    return ".init_args.".join(parts)
+    """The dotted key the message is about: nested "Parser key" lines are joined the way a YAML nests them, the fields
+    of a dataclass without `init_args`."""
+    where, seen, link = "", set(), ""
+    for match in re.finditer(f"{PARSER_KEY.pattern}|{CLASS_PATH.pattern}", message):
+        key, *class_paths = match.groups()
+        if key is None:
+            link = _link(next(filter(None, class_paths)))
+        elif key not in seen:
+            where += link + key if where else key
+            seen.add(key)
+            link = INIT_ARGS
+    return where
+
+
+def _link(class_path: str) -> str:
+    """What stands in a dotted key between a class and one of its arguments. jsonargparse writes a dataclass without
+    `init_args` where all its bases are dataclasses too."""
+    module, _, name = known_classes().get(class_path, class_path).rpartition(".")
+    bases = getattr(getattr(sys.modules.get(module), name, None), "__mro__", (object, object))[:-1]
+    return "." if all(map(is_dataclass, bases)) else INIT_ARGS
 
 
 def _named_class(message: str) -> str:
@@ -76,7 +95,7 @@ def _unknown_key(match: re.Match[str], message: str, keys: list[str]) -> str:
         return f"There is no key {key}.{did_you_mean(key, keys)} All keys: python -m prism_pl COMMAND --help"
     if group := re.search(r"Group '([\w.]+)'", message):
         key = f"{group[1]}.{key}"
-    where = f"{_where(message)}.init_args.{key}"
+    where = f"{_where(message)}{_link(class_path)}{key}"
     name = class_path.rpartition(".")[2]
     arguments = _arguments(class_path)
     listed = f" It takes: {', '.join(arguments)}." if arguments else ""
@@ -160,7 +179,7 @@ EXPLANATIONS: list[tuple[str, Explanation]] = [
     (r"Expected a (?P<expected><class '\w+'>)\n.*Expected a dot import path string: (?P<value>\w+)", _wrong_value),
     (r"Expected a dot import path string: (?P<name>\w+)", _no_class),
     (r"arguments are required: (?P<names>[\w., ]+)", _required),
-    (r"Expected a (?P<expected>[^\n]+?)\. Got value: (?P<value>[^\n]+)", _wrong_value),
+    (r"Expected a (?P<expected>[^\n]+?)\. Got value: (?P<value>[^\n]+?)(?:\. Got value: |\n|$)", _wrong_value),
 ]
 
 
@@ -173,6 +192,19 @@ def file_with_key(message: str, files: list[Path]) -> Path | None:
     parts = key[1].split(".")
     holding = [file for file in files if all(re.search(rf"\b{part}\b", file.read_text()) for part in parts)]
     return holding[-1] if holding else None
+
+
+def explain_lightning(error: ValueError) -> UsageError | None:
+    """What Lightning says against the trainer's options once it knows the data, in our words; None for all else."""
+    if match := re.search(
+        r"`val_check_interval` \((\d+)\) must be less than or equal to .*?batches \((\d+)\)", str(error)
+    ):
+        return UsageError(
+            f"trainer.val_check_interval is {match[1]}, and an epoch has {match[2]} batches. Give --trainer."
+            f"val_check_interval {match[2]} or less, more rows (data.num_train) or a smaller data.batch_size; or "
+            "--trainer.limit_val_batches 0 for a run without validation."
+        )
+    return None
 
 
 def own_error(error: BaseException) -> BaseException:

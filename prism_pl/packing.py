@@ -40,28 +40,36 @@ class Blocks:
         return self.lengths_U.cumsum(0) - self.lengths_U
 
     @cached_property
-    def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For attention over padded blocks: places of the queries (U, Q) and of the keys (U, K), who sees whom
-        (U, 1, Q, K), and where each of the N places stands among the queries. Padding repeats the last place."""
-        device = self.lengths_U.device
-        last_U1 = (self.starts_U + self.lengths_U - 1)[:, None]
+    def last_U1(self) -> Tensor:
+        """The last place of each block."""
+        return (self.starts_U + self.lengths_U - 1)[:, None]
+
+    @cached_property
+    def key_UK(self) -> Tensor:
+        """Places of each block's keys, those of its prefix first. Padding repeats the last place."""
+        at_K = torch.arange(self.longest_keys, device=self.lengths_U.device)
         prefix_U1 = self.prefix_length_U[:, None]
+        own_UK = (self.starts_U[:, None] + at_K - prefix_U1).minimum(self.last_U1)
+        return torch.where(at_K < prefix_U1, self.prefix_start_U[:, None] + at_K, own_UK)
+
+    @cached_property
+    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For attention over padded blocks: places of the queries (U, Q), who sees whom (U, 1, Q, K), and where each of
+        the N places stands among the queries. Padding repeats the last place."""
+        device = self.lengths_U.device
         at_Q, at_K = torch.arange(self.longest, device=device), torch.arange(self.longest_keys, device=device)
-        query_UQ = (self.starts_U[:, None] + at_Q).minimum(last_U1)
-        own_UK = (self.starts_U[:, None] + at_K - prefix_U1).minimum(last_U1)
-        key_UK = torch.where(at_K < prefix_U1, self.prefix_start_U[:, None] + at_K, own_UK)
-        mask_UQK = at_K <= prefix_U1[:, :, None] + at_Q[:, None]
+        query_UQ = (self.starts_U[:, None] + at_Q).minimum(self.last_U1)
+        mask_UQK = at_K <= self.prefix_length_U[:, None, None] + at_Q[:, None]
         found_N = (at_Q < self.lengths_U[:, None]).flatten().nonzero().squeeze(1)
-        return query_UQ, key_UK, mask_UQK[:, None], found_N
+        return query_UQ, mask_UQK[:, None], found_N
 
     @cached_property
     def varlen(self) -> tuple[Tensor, Tensor, Tensor]:
         """Attention without padding: bounds of the blocks' queries and keys, (U + 1,) each, and the keys' places."""
         lengths_U = self.prefix_length_U + self.lengths_U
         bounds = [nn.functional.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (self.lengths_U, lengths_U)]
-        _, key_UK, _, _ = self.padded
         real_UK = torch.arange(self.longest_keys, device=lengths_U.device) < lengths_U[:, None]
-        return bounds[0], bounds[1], key_UK[real_UK]
+        return bounds[0], bounds[1], self.key_UK[real_UK]
 
 
 @dataclass
@@ -125,15 +133,20 @@ def packed_layout(batch: SequenceBatch, shared_B: Tensor) -> Layout:
             place_of_BS[row, :prompt] = torch.arange(first, first + prompt)
             place_of_BS[row, prompt : lengths[row]] = torch.arange(place, place + length)
             place += length
-    columns = torch.tensor(blocks, device=device).unbind(1)
-    longest, longest_keys = max(b[0] for b in blocks), max(b[0] + b[2] for b in blocks)
+    lengths_U, starts_U, prefixes_U = torch.tensor(blocks, device=device).unbind(1)
     return Layout(
         shape=(1, place),
         token_of_N=torch.cat(tokens).to(device),
         place_of_BS=place_of_BS.to(device),
         real_BS=_real(batch),
         images=images,
-        blocks=Blocks(*columns, longest, longest_keys),
+        blocks=Blocks(
+            lengths_U=lengths_U,
+            prefix_start_U=starts_U,
+            prefix_length_U=prefixes_U,
+            longest=max(length for length, _, _ in blocks),
+            longest_keys=max(length + prefix for length, _, prefix in blocks),
+        ),
     )
 
 
@@ -195,16 +208,20 @@ def packed_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         query_bounds, key_bounds, key_M = blocks.varlen
-        key, value = (x[key_M].repeat_interleave(groups, dim=1) for x in (key, value))
+        key, value = (x.index_select(0, key_M).repeat_interleave(groups, dim=1) for x in (key, value))
         longest = blocks.longest, blocks.longest_keys
         out = varlen_attn(
             query.contiguous(), key, value, query_bounds, key_bounds, *longest, scale=scaling, window_size=(-1, 0)
         )
         assert isinstance(out, Tensor)
         return out.unsqueeze(0), None
-    query_UQ, key_UK, mask_U1QK, found_N = blocks.padded
-    key, value = (x[key_UK].repeat_interleave(groups, dim=2).transpose(1, 2) for x in (key, value))
-    out = nn.functional.scaled_dot_product_attention(
-        query[query_UQ].transpose(1, 2), key, value, attn_mask=mask_U1QK, scale=scaling
-    )
-    return out.transpose(1, 2).flatten(0, 1)[found_N].unsqueeze(0), None
+    query_UQ, mask_U1QK, found_N = blocks.padded
+    query = _places(query, query_UQ).transpose(1, 2)
+    key, value = (_places(x, blocks.key_UK).repeat_interleave(groups, dim=2).transpose(1, 2) for x in (key, value))
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask_U1QK, scale=scaling)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, found_N).unsqueeze(0), None
+
+
+def _places(values_NHD: Tensor, place_UK: Tensor) -> Tensor:
+    """(U, K, H, D). Not by plain indexing, whose backward pass is several times slower on a CPU."""
+    return values_NHD.index_select(0, place_UK.flatten()).unflatten(0, place_UK.shape)

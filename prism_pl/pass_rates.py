@@ -1,6 +1,9 @@
-"""Pass rates as `predict` writes them, and the file's readers share. One line of `pass_rates.jsonl`:
+"""Pass rates as `predict` writes them, and the file's readers share: a line that says what was measured, and one a row.
 
+{"recipe": {"data": {"rows": "5f1c...", "system_prompt": "..."}, "policy": "runs/align/export", "sampling": {...}}}
 {"id": "digits-rlvr-0-0", "pass_rate": 0.375, "num_samples": 8, "num_correct": 3, "format_rate": 1.0}
+
+A file without the first line, made elsewhere, is read as well: its rows are known by their ids alone.
 """
 
 import json
@@ -8,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 PASS_RATES = "pass_rates.jsonl"
 KEPT_IDS = "kept_ids.json"
@@ -22,6 +25,25 @@ class PassRate(TypedDict):
     num_samples: int
     num_correct: int
     format_rate: float
+
+
+@runtime_checkable
+class HasRecipe(Protocol):
+    """A data module that can say what its training rows are made of, in plain values: measurements on rows of one
+    recipe fit no rows of another, though their ids may be the same."""
+
+    def row_recipe(self) -> dict[str, Any]: ...
+
+
+def read_recipe(file: Path) -> dict[str, Any] | None:
+    """What the pass rates were measured on and with; None where the file does not say."""
+    with file.open() as lines:
+        first = lines.readline()
+    try:
+        content = json.loads(first)
+    except json.JSONDecodeError:
+        return None
+    return content.get("recipe") if isinstance(content, dict) else None
 
 
 def read_pass_rates(file: Path) -> dict[str, float]:
@@ -38,7 +60,7 @@ def read_pass_rates(file: Path) -> dict[str, float]:
         )
     rates: dict[str, float] = {}
     for number, line in enumerate(file.read_text().splitlines(), start=1):
-        if not line.strip():
+        if not line.strip() or (number == 1 and line.startswith('{"recipe":')):
             continue
         where = f"{file}, line {number}"
         id, rate = _pass_rate(line, where)

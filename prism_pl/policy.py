@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from prism_pl.batch import SequenceBatch
+from prism_pl.errors import UsageError
 from prism_pl.lora import LoraSpec, add_lora, freeze_adapters, has_lora, whole_parameters
 from prism_pl.processor import Processor
+from prism_pl.strategy.ranks import world_size
+from prism_pl.strategy.sharding import build_sharded, builds_sharded, gathered_state, is_first_rank
 
 PROCESSOR_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -46,7 +49,7 @@ class PolicySpec:
 
 
 def check_policy_path(path: str, key: str = "policy.path", model_types: Sequence[str] = ("qwen3_vl",)) -> None:
-    """Refuse what is no vision-language model, before anything heavy is loaded. ValueError or FileNotFoundError.
+    """Refuse what is no vision-language model, before anything heavy is loaded. UsageError.
 
     Args:
         key: what the message calls the path.
@@ -56,7 +59,7 @@ def check_policy_path(path: str, key: str = "policy.path", model_types: Sequence
     if not folder.is_dir():
         meant = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1 or folder.parent.is_dir()
         if meant:
-            raise FileNotFoundError(
+            raise UsageError(
                 f"{key} {path!r} is no folder: name a folder in Hugging Face format or a hub id such as "
                 "Qwen/Qwen3-VL-4B-Instruct"
             )
@@ -64,26 +67,26 @@ def check_policy_path(path: str, key: str = "policy.path", model_types: Sequence
     else:
         config_file = folder / "config.json"
     if not config_file.exists():
-        raise ValueError(f"{key} {path!r} holds no config.json: name the export/ folder of a run, or a hub id")
+        raise UsageError(f"{key} {path!r} holds no config.json: name the export/ folder of a run, or a hub id")
     try:
         model_type = json.loads(config_file.read_text()).get("model_type")
     except json.JSONDecodeError as error:
-        raise ValueError(f"{config_file} is no JSON ({error}): export or download the model anew") from None
+        raise UsageError(f"{config_file} is no JSON ({error}): export or download the model anew") from None
     if model_type not in model_types:
-        raise ValueError(
+        raise UsageError(
             f"{key} {path!r} is a {model_type!r} model, not a vision-language model of the family qwen3_vl"
         )
 
 
 def _hub_config(path: str, key: str) -> Path:
-    """The config.json of a hub id, from the cache or the hub. FileNotFoundError where neither has it."""
+    """The config.json of a hub id, from the cache or the hub. UsageError where neither has it."""
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(path, "config.json"))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
+        raise UsageError(
             f"{key} {path!r} is no folder here, and as a hub id it could not be read ({reason}): name the "
             "export/ folder of a run, or a hub id such as Qwen/Qwen3-VL-4B-Instruct"
         ) from error
@@ -120,6 +123,13 @@ def build_policy(spec: PolicySpec, freeze: Sequence[str] = ()) -> Any:
 
 def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
     """`kind.from_pretrained` that accepts safetensors only, no missing weight and none of another shape. ValueError."""
+    if builds_sharded():
+        return build_sharded(
+            kind,
+            kind.config_class.from_pretrained(path, trust_remote_code=False),
+            lambda: load_safetensors(kind, path, attn_implementation).state_dict(),
+            attn_implementation=attn_implementation,
+        )
     folder = Path(path)
     if folder.is_dir():
         _check_weight_files(path, list(folder.glob("model*.safetensors")))
@@ -234,6 +244,8 @@ def hidden_states(model: Any, batch: SequenceBatch) -> Tensor:
     """
     embeds = model.get_input_embeddings()(batch.input_ids_BS)
     if len(batch.grids_I3) == 0:
+        if world_size() > 1:
+            embeds = embeds + no_image(model).to(embeds.dtype)
         return model.language_model(
             inputs_embeds=embeds, position_ids=batch.position_ids_3BS, use_cache=False
         ).last_hidden_state
@@ -246,6 +258,17 @@ def hidden_states(model: Any, batch: SequenceBatch) -> Tensor:
         visual_pos_masks=visual_BS,
         deepstack_visual_embeds=deepstack,
     ).last_hidden_state
+
+
+def no_image(model: Any) -> Tensor:
+    """0, by way of the vision tower. Where other ranks' batches may hold images, each rank must gather and reduce the
+    tower's weights as often as they do, or all wait forever."""
+    vision, size = model.visual.config, model.visual.spatial_merge_size
+    grid_I3 = torch.tensor([[1, size, size]], device=model.visual.device)
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    blank_NC = torch.zeros(size * size, width, dtype=model.visual.dtype, device=model.visual.device)
+    out = model.visual(blank_NC, grid_thw=grid_I3, return_dict=True)
+    return 0 * sum(features.sum() for features in (out.pooler_output, *out.deepstack_features))
 
 
 def image_tokens(model: Any, batch: SequenceBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -275,11 +298,14 @@ def save_policy(
 ) -> None:
     """Write weights (safetensors), configuration, generation configuration, tokenizer and processor to `folder`.
 
-    Written to a temporary name beside it and renamed, so that a kill never leaves half an export.
+    Written to a temporary name beside it and renamed, so that a kill never leaves half an export. Every rank comes
+    here, and the first writes.
     """
+    held = dict(whole_parameters(policy)) if has_lora(policy) else policy.state_dict(keep_vars=True)
+    weights = gathered_state(held, getattr(torch, dtype))
+    if not is_first_rank():
+        return
     temporary = fresh_temporary(folder)
-    held = dict(whole_parameters(policy)) if has_lora(policy) else policy.state_dict()
-    weights = {name: tensor.detach().to(getattr(torch, dtype)) for name, tensor in held.items()}
     policy.save_pretrained(temporary, state_dict=weights)
     set_dtype(temporary / "config.json", dtype)
     save_processor(processor, temporary)
@@ -320,13 +346,14 @@ def set_dtype(config_file: Path, dtype: str) -> None:
 
 
 def save_processor(processor: Processor, folder: Path) -> None:
-    """Write the tokenizer and processor files. From a folder they are copied as they stand, so that an export's
-    processor is its source's to the byte; from a hub id they are saved anew."""
+    """Copy the tokenizer and processor files as they stand, from the source's folder or the hub's cache, so that an
+    export's processor is its source's to the byte and has all that other programs ask for (vLLM and transformers want
+    the one for videos too)."""
     source = Path(processor.source)
     if not source.is_dir():
-        processor.tokenizer.save_pretrained(folder)
-        processor.image_processor.save_pretrained(folder)
-        return
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(processor.source, allow_patterns=list(PROCESSOR_FILES)))
     for pattern in PROCESSOR_FILES:
         for file in source.glob(pattern):
             if file.name not in ("config.json", "generation_config.json", WEIGHT_INDEX):

@@ -7,7 +7,6 @@ samples and synchronises the device for each.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +14,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prism_pl.batch import Example, SequenceBatch
-from prism_pl.chat import SYSTEM_PROMPT
+from prism_pl.chat import SYSTEM_PROMPT, plain_text
+from prism_pl.images import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+IMAGE_MARK = "<image>"  # where an image stands in a question, as LLaMA-Factory and verl write it
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Processor:
 
         ours = self.image_processor
         size = SizeDict(shortest_edge=ours.size["shortest_edge"], longest_edge=ours.size["longest_edge"])
-        pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        pixels = np.asarray(image).transpose(2, 0, 1)
         pixels = ours.resize(pixels, size=size, resample=ours.resample, factor=ours.patch_size * ours.merge_size)
         return Image.fromarray(pixels.transpose(1, 2, 0))
 
@@ -170,6 +172,12 @@ class Processor:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         return [*ids, self.eos_id]
 
+    def response_starts(self, text: str) -> list[int]:
+        """For each token of `response_ids`, the character of the text that it begins at; of the end token the text's
+        length."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        return [*(start for start, _ in encoded.offset_mapping), len(text)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -207,35 +215,32 @@ class Processor:
 
 
 def chat_messages(example: Example, images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages of an example's prompt: system prompt, images and question.
+    """The messages of an example's prompt: system prompt, then images and question. Special tokens that a text spells
+    out stay text.
 
     Args:
         images: the content part that stands for each image, as whoever reads the messages wants it.
+
+    Raises:
+        ValueError: the question holds image marks (`<image>`), but not one for each image.
     """
     system = SYSTEM_PROMPT if example.system is None else example.system
-    content = [*images, {"type": "text", "text": example.question}]
-    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    texts = [plain_text(text) for text in example.question.split(IMAGE_MARK)]
+    if len(texts) == 1:
+        content = [*images, {"type": "text", "text": texts[0]}]
+    elif len(texts) != len(images) + 1:
+        raise ValueError(
+            f"example {example.id!r} has {len(images)} images and its question {len(texts) - 1} times {IMAGE_MARK}: "
+            "give one for each image, or none (all images then come first)"
+        )
+    else:
+        parts = [[{"type": "text", "text": text}, image] for text, image in zip(texts[:-1], images, strict=True)]
+        content = [part for pair in parts for part in pair if part.get("text") != ""]
+        content += [{"type": "text", "text": texts[-1]}] if texts[-1] else []
+    return [{"role": "system", "content": plain_text(system)}, {"role": "user", "content": content}]
 
 
 def _positions(prompt: Prompt, num_response: int) -> Tensor:
     """(S, 3) positions of a prompt and the response that follows it."""
     response = torch.arange(prompt.next_position, prompt.next_position + num_response)
     return torch.cat([prompt.positions_3S, response.expand(3, -1)], dim=1).T
-
-
-def open_image(image: "Image | Path | str | bytes", where: str) -> "Image":
-    """Open a PIL image, a path or encoded bytes as RGB. ValueError names the row for a missing or broken file."""
-    import io
-
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"row {where!r}: the image {str(image)!r} does not exist") from None
-    except (UnidentifiedImageError, OSError) as error:
-        name = "its embedded image" if isinstance(image, bytes) else f"the image {str(image)!r}"
-        raise ValueError(f"row {where!r}: {name} cannot be read ({error})") from None

@@ -1,18 +1,18 @@
 """What the two stages that train on rollouts, alignment and RLVR, do alike."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import zlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from prism_pl.batch import Example, SequenceBatch
-from prism_pl.optim import check_finite, clip_gradients
 from prism_pl.policy_loss import PolicyLoss
 from prism_pl.rewards import AccuracyFormatReward, RewardOutput, overlong
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling
+from prism_pl.strategy import whole_groups, world_size
 from prism_pl.updates import KLPenalty
 
 
@@ -28,6 +28,28 @@ def check_max_norms(max_norms: Mapping[str, float | None]) -> None:
     for name, value in max_norms.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value}: give a positive norm, or null to only measure it")
+
+
+def check_ranks_per_group(num_rollouts: int, ranks: int) -> None:
+    """ValueError for a group that cannot be shared evenly."""
+    if ranks < 1 or num_rollouts % ranks:
+        raise ValueError(
+            f"ranks_per_group is {ranks}, and num_rollouts {num_rollouts}: give a number that divides the rollouts"
+        )
+
+
+def check_same_prompts(ids: Sequence[str], ranks: int, device: torch.device) -> None:
+    """ValueError where ranks that share groups were given different prompts."""
+    if ranks == 1:
+        return
+    if world_size() % ranks:
+        raise ValueError(f"ranks_per_group is {ranks}, and the run has {world_size()} processes: it must divide them")
+    prints_P1 = torch.tensor([[zlib.crc32(each.encode())] for each in ids], device=device)
+    if not bool((whole_groups(prints_P1, ranks) == prints_P1).all()):
+        raise ValueError(
+            f"ranks_per_group is {ranks}, but neighbouring ranks have different prompts (here {', '.join(ids)[:200]}): "
+            "let the datamodule make its loader by datamodules.loading.train_loader, which gives them the same ones"
+        )
 
 
 def warn_inert_kl(kl: KLPenalty | None) -> None:
@@ -78,24 +100,6 @@ def forget_logged(trainer: Trainer) -> None:
     at batches that log none (no update while dynamic sampling waits, no step of the discriminator), as if they were
     new, and a resumed run, which does not know them, would be another curve."""
     trainer.fit_loop.epoch_loop._results.reset(fx="training_step")
-
-
-def step_policy(
-    parameters: Iterable[nn.Parameter],
-    optimizer: Any,
-    schedulers: Sequence[Any],
-    max_norm: float | None,
-    ids: Sequence[str],
-) -> Tensor:
-    """Clip, check, step, and move the learning rates on. Returns the gradient norm from before clipping; a non-finite
-    one is a ValueError that names the rows, with nothing stepped."""
-    norm = clip_gradients(parameters, max_norm)
-    check_finite(norm, "the policy's gradient norm", ids)
-    optimizer.step()
-    optimizer.zero_grad()
-    for scheduler in schedulers:
-        scheduler.step()
-    return norm
 
 
 def held_out_rollouts(

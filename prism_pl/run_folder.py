@@ -3,7 +3,7 @@
     runs/align/
         config.yaml         the configuration of the newest start; earlier ones are kept as config-1.yaml, config-2.yaml
         starts.jsonl        a line for each start: time, the step it began at, and the checkpoint or null
-        progress.json       the step of the last checkpoint
+        progress.json       the step of the last checkpoint, and whether the fit ended with it
         .fit.lock           held by the process that trains there
         events.out.tfevents...
         checkpoints/last.ckpt, previous.ckpt
@@ -26,6 +26,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from prism_pl.checkpoint_files import LAST, whole_file
 from prism_pl.errors import UsageError
@@ -108,6 +109,13 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
+def remove_unused(folder: Path) -> None:
+    """Remove a run's folder that holds nothing but the lock, which is this process's."""
+    if all(path.name == LOCK for path in folder.iterdir()):
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def check_writable(folder: Path) -> None:
     """Make the run's folder and write to it; UsageError where that cannot be done, before an hour of training."""
     probe = folder / f".writable-{os.getpid()}"
@@ -122,6 +130,20 @@ def check_writable(folder: Path) -> None:
             f"the run folder {folder} cannot be written to ({error.strerror}): free space there or make it writable, "
             "or choose another with --trainer.default_root_dir."
         ) from error
+
+
+def say_finished(folder: Path, step: int | None, already: bool) -> None:
+    """Tell the end of a fit and what comes next."""
+    told = "was finished already" if already else "is finished"
+    further = " More steps: --trainer.max_steps; a new run: --fresh." if already else ""
+    rank_zero_info(f"{folder} {told}, at step {step}.{further}")
+    export = folder / "export"
+    next_command = ""
+    if (export / "discriminator.json").exists():
+        next_command = f"python -m prism_pl fit --config align.yaml --model.discriminator.path {export}; "
+    elif (export / "config.json").exists():
+        next_command = f"python -m prism_pl test --config evaluate.yaml --model.policy.path {export}; "
+    rank_zero_info(f"Next: {next_command}tensorboard --logdir {folder}")
 
 
 def nameless_write_error(error: OSError) -> bool:

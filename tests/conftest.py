@@ -60,6 +60,31 @@ def random_policy(blank_policy, tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """Trainings on one rank or several; what was run with the same options is not run again."""
+    from tests.ranks import Ranks
+
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def told_of(ranks, tmp_path_factory):
+    """What an uninterrupted training tells, made once for each set of options."""
+    told = {}
+
+    def of(num_ranks, **options):
+        key = repr((num_ranks, sorted(options.items())))
+        if key not in told:
+            folder = tmp_path_factory.mktemp("trained")
+            told[key] = ranks(folder, num_ranks, **options) | {"folder": folder}
+        return told[key]
+
+    return of
+
+
 def make_examples(num: int, *, width: int = 96) -> list[Example]:
     """Examples with noise images, questions of different lengths, and one demonstration."""
     generator = np.random.default_rng(0)

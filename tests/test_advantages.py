@@ -8,7 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prism_pl.advantages import group_advantages, groups_with_variance, paper_advantages, released_advantages
+from prism_pl.advantages import (
+    group_advantages,
+    groups_with_variance,
+    mixed_rewards,
+    paper_advantages,
+    released_advantages,
+    segment_advantages,
+    variance_shares,
+)
 
 NAN = math.nan
 EPS = 1e-6
@@ -236,3 +244,67 @@ def test_float64_stays_on_the_cpu_and_results_go_back_to_their_device():
         assert {tensor.device.type for tensor in tensors} == {"cuda"}
         assert {advantages.dtype for advantages, _ in found} == {torch.float32}
         assert watch.num_elsewhere > len(tensors)
+
+
+def test_a_whole_responses_score_is_its_reward_whatever_alpha():
+    scores = {"response": torch.tensor([[1.0, 2.0, 3.0]])}
+    valid = valid_of([1, 1, 1])
+    for alpha in (0.0, 0.5):
+        assert paper_advantages(scores, valid, alpha)[0][0].tolist() == pytest.approx([-1, 0, 1], abs=2e-6)
+        assert released_advantages(scores, valid, alpha)[0][0].tolist() == pytest.approx([-1, 0, 1], abs=2e-6)
+        assert torch.equal(mixed_rewards(scores, alpha), scores["response"])
+    pair = scores_of([[1.0, 2.0]], [[4.0, 0.0]])
+    assert mixed_rewards(pair, 0.25)[0].tolist() == [0.25 + 3.0, 0.5]
+
+
+def test_segment_advantages_by_hand():
+    # Normalised: perception (1, 2, 3) -> (-1, 0, 1), reasoning (4, 0, 2) -> (1, -1, 0). Times 2 alpha, 2 (1 - alpha).
+    scores, valid = scores_of([[1.0, 2.0, 3.0]], [[4.0, 0.0, 2.0]]), valid_of([1, 1, 1])
+    for mixing in ("paper", "released"):
+        by_expert, _ = segment_advantages(scores, valid, mixing, alpha=0.25)
+        assert by_expert["perception"][0].tolist() == pytest.approx([-0.5, 0.0, 0.5], abs=2e-6)
+        assert by_expert["reasoning"][0].tolist() == pytest.approx([1.5, -1.5, 0.0], abs=2e-6)
+    # The third malformed: filled with the lowest minus 1, (1, 2, 0) and (4, 0, -1); the release takes 1.5 off.
+    valid = valid_of([1, 1, 0])
+    paper, told = segment_advantages(scores, valid, "paper")
+    released, _ = segment_advantages(scores, valid, "released")
+    assert paper["perception"][0].tolist() == pytest.approx([0.0, 1.0, -1.0], abs=2e-6)
+    assert released["perception"][0].tolist() == pytest.approx([0.0, 1.0, -2.5], abs=2e-6)
+    assert told["num_malformed"] == 1
+    # Their mean is what `released` gives every token.
+    mean = (released["perception"] + released["reasoning"]) / 2
+    torch.testing.assert_close(mean, released_advantages(scores, valid)[0])
+
+
+def test_segment_advantages_of_silent_groups():
+    nothing = scores_of([[NAN, NAN], [1.0, 1.0]], [[NAN, NAN], [1.0, 3.0]])
+    valid = valid_of([0, 0], [1, 1])
+    by_expert, told = segment_advantages(nothing, valid, "paper")
+    assert by_expert["perception"].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert by_expert["reasoning"][1].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], abs=2e-6)
+    assert told["num_all_malformed_groups"] == 1
+    assert told["num_zero_std_groups"] == 0
+    with pytest.raises(ValueError, match="malformed_penalty: -1"):
+        segment_advantages(nothing, valid, "paper", malformed_penalty=-1)
+
+
+def test_variance_shares_by_hand():
+    # Terms at alpha 0.5: (0, 1) and (0, 3), centred (-0.5, 0.5) and (-1.5, 1.5), sum (-2, 2): variance 8, covariances
+    # 2 x 1 and 2 x 3. A malformed row counts nowhere, and a second group adds what it has, here nothing.
+    scores = scores_of([[0.0, 2.0, NAN], [5.0, 5.0, 5.0]], [[0.0, 6.0, NAN], [1.0, 1.0, 1.0]])
+    valid = valid_of([1, 1, 0], [1, 1, 1])
+    shares = variance_shares(scores, valid, "paper", 0.5)
+    assert shares["perception"].item() == pytest.approx(0.25)
+    assert shares["reasoning"].item() == pytest.approx(0.75)
+    for alpha, share in ((0.0, 0.0), (1.0, 1.0)):
+        assert variance_shares(scores, valid, "paper", alpha)["perception"].item() == share
+    # Normalised scores have one size: 0.5 each. With the malformed row filled in, (0, 2, -1) has a std of sqrt(7 / 3)
+    # and (0, 6, -1) one of sqrt(43 / 3), so the valid two differ by 1.3093 and 1.5848: 1.3093 / 2.8941.
+    whole = scores_of([[0.0, 2.0]], [[0.0, 6.0]])
+    assert variance_shares(whole, valid_of([1, 1]), "released")["perception"].item() == pytest.approx(0.5)
+    assert variance_shares(scores, valid, "released")["perception"].item() == pytest.approx(0.4524, abs=1e-4)
+    # An expert that pulls against the sum: terms (0, -1) and (0, 3), sum (0, 2), centred 0.5 -0.5 against -1 1.
+    against = scores_of([[0.0, -2.0]], [[0.0, 6.0]])
+    assert variance_shares(against, valid_of([1, 1]), "paper")["perception"].item() == pytest.approx(-0.5)
+    silent = variance_shares(scores_of([[1.0, 1.0]], [[1.0, 1.0]]), valid_of([1, 1]), "paper")
+    assert all(share.isnan() for share in silent.values())

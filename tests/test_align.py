@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from callbacks import Completions, RewardGap, StructuralProxies
 from modules.align import AdversarialAlignModule
 from prism_pl.chat import render
-from prism_pl.discriminator import DedicatedMoEDiscriminator
+from prism_pl.discriminator import DedicatedMoEDiscriminator, DenseDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import PolicyLoss
 from prism_pl.rollout.engine import Sampling
@@ -332,3 +332,50 @@ def test_a_demonstration_over_the_cap_is_named_and_a_rollout_over_it_is_not_judg
     # Two demonstrations and four rollouts, two of them long.
     assert record.steps[0]["align/too_long/perception"] == pytest.approx(2 / 6)
     assert record.steps[0]["align/too_long/reasoning"] == 0.0
+
+
+def test_both_experts_train_whatever_alpha_and_their_shares_are_logged(random_policy, tmp_path):
+    for alpha, share in ((0.0, 0.0), (1.0, 1.0)):
+        module = make(random_policy, alpha=alpha)
+        module.configure_model()
+        before = weights(module.discriminator)
+        _, record = fit(module, Rows(make_examples(2)), tmp_path)
+        after = weights(module.discriminator)
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        for expert in EXPERTS:
+            assert f"heads.{expert}.weight" in moved
+            assert f"model.language_model.layers.0.mlp.{expert}.up_proj.weight" in moved
+        assert record.steps[0]["align/variance_share/perception"] == pytest.approx(share)
+        assert record.steps[0]["align/variance_share/reasoning"] == pytest.approx(1 - share)
+
+
+def test_credit_by_segment_trains_each_segment_by_its_own_expert(random_policy, tmp_path):
+    """Rollouts that differ in the reasoning alone: by response it is the caption's tokens too that earn or lose."""
+    seen = {}
+    texts = [RIGHT, render("- red 3", "1. 3 + 4 = 7", "7")]
+    for credit in ("response", "segment"):
+        module = make(random_policy, texts, credit=credit, lr=0.0)
+        module.configure_model()
+        taken: list[torch.Tensor] = []
+        watched: Any = module
+        backward = module._policy_backward
+        watched._policy_backward = lambda *given, b=backward, t=taken: t.append(given[1]) or b(*given)
+        fit(module, Rows(make_examples(2)), tmp_path)
+        seen[credit] = taken[0]
+    assert seen["response"].ndim == 1
+    assert float(seen["response"].abs().min()) > 0
+    assert float(seen["segment"][:, 0].abs().max()) == 0.0
+    assert float(seen["segment"][:, -1].abs().min()) > 0
+
+
+def test_a_whole_response_discriminator_plays_the_game(random_policy, tmp_path):
+    judge: Any = partial(DenseDiscriminator, random_policy, init_heads=True, segments="whole", max_segment_tokens=200)
+    module = make(random_policy)
+    module.build_discriminator = judge
+    _, record = fit(module, Rows(make_examples(2)), tmp_path, [RewardGap()])
+    assert record.steps[0]["align/variance_share/response"] == pytest.approx(1.0)
+    assert "align/reward_gap/response" in record.steps[0]
+    module = make(random_policy, credit="segment")
+    module.build_discriminator = judge
+    with pytest.raises(ValueError, match="credit is 'segment'"):
+        module.configure_model()

@@ -41,11 +41,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(capsys, stage: str, options: str) -> str:
+def refused(capsys, stage: str, options: str, codes: tuple[int, ...] = (1, 2)) -> str:
     """Run a stage that must fail; returns its message, which is one and the last thing on the screen."""
     capsys.readouterr()
-    code = main([*shlex.split(COMMANDS[stage]), *shlex.split(options)])
-    assert code in (1, 2)
+    assert main([*shlex.split(COMMANDS[stage]), *shlex.split(options)]) in codes
     screen = capsys.readouterr().err
     assert "Traceback" not in screen
     assert screen.count("error: ") == 1
@@ -82,8 +81,9 @@ def write_table(folder: Path, columns: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_missing_policy_is_named_with_what_to_give(stage, folder, capsys):
-    message = refused(capsys, stage, "--model.policy.path runs/sft/export/gone")
+def test_missing_policy_is_named_with_what_to_give_and_leaves_no_folder(stage, folder, capsys):
+    message = refused(capsys, stage, "--model.policy.path runs/sft/export/gone", codes=(2,))
+    assert not list(folder.glob("runs/*"))
     assert (
         "policy.path 'runs/sft/export/gone' is no folder: name a folder in Hugging Face format or a hub id" in message
     )
@@ -192,6 +192,11 @@ def test_rows_without_demonstrations_are_named(stage, folder, capsys):
     assert "has no response" in refused(capsys, stage, "--data.rows rlvr")
 
 
+def test_a_validation_that_no_epoch_reaches_names_the_option_and_the_ways_out(folder, capsys):
+    said = refused(capsys, "sft", "--trainer.val_check_interval 33 --trainer.limit_val_batches 1", codes=(2,))
+    assert "trainer.val_check_interval is 33, and an epoch has 32 batches. Give --trainer.val_check_interval 32" in said
+
+
 def test_malformed_demonstration_is_named_with_what_is_wrong(folder, capsys, monkeypatch):
     write_table(folder, ("image", "question", "response"))
     text = (folder / "table.csv").read_text()
@@ -225,7 +230,16 @@ def test_malformed_demonstration_is_named_with_what_is_wrong(folder, capsys, mon
         ("rlvr", "num_prompts 3", "set dynamic_sampling: true"),
         ("rlvr", "overlong_buffer 500", "overlong_buffer is 500"),
         ("rlvr", "scale groupp", "Did you mean group?"),
+        ("rlvr", "kl.place lss", "error: model.init_args.kl.place: lss is not one of reward, loss."),
+        ("sft", "policy.lora.rank x", "error: model.init_args.policy.lora.rank: 'x' is no int."),
+        (
+            "sft",
+            "policy.lora '{rnk: 3}'",
+            "error: model.init_args.policy.lora.rnk: LoraSpec takes no rnk. Did",
+        ),
+        ("align", "discriminator.init_args.dropout x", "model.init_args.discriminator.init_args.dropout: 'x' is no f"),
         ("rlvr", "policy_loss.aggregation token_men", "Did you mean token_mean?"),
+        ("rlvr", "policy_loss.clip_low x", "error: model.init_args.policy_loss.init_args.clip_low: 'x' is no float."),
         ("rlvr", "policy_loss prism_pl.policy_loss.DrGRPO", "constant_length: None"),
         ("rlvr", "policy_loss.clip_low 2", "clip_low: 2.0 must lie in [0, 1]"),
         ("warmup", "ceiling 0.4", "ceiling is 0.4"),

@@ -19,10 +19,15 @@ from tests.conftest import missing
 from tests.stubs import scalars
 
 ROOT = Path(__file__).parent.parent
-PIPELINE = "pipeline.yaml"  # no stage of its own: tests/test_pipeline_processes.py
-CONFIGS = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
-CONFIGS.remove(PIPELINE)
-OTHERS = {"evaluate.yaml": "test", "filter.yaml": "predict"}
+SHIPPED = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
+# No stages of their own: tests/test_pipeline_processes.py and tests/test_ablations.py.
+PIPELINES = ("pipeline.yaml", "ablations.yaml", "ablations/")
+# What needs data or weights from elsewhere is parsed (tests/test_published_configs.py), the rest is run here.
+ELSEWHERE = ("qwen3vl-", "sampling/", "benchmarks")
+# Put over another one: tests/test_strategy_configs.py
+OVERLAYS = ("strategy/",)
+CONFIGS = [name for name in SHIPPED if not name.startswith((*PIPELINES, *ELSEWHERE, *OVERLAYS))]
+OTHERS = {"evaluate.yaml": "test", "filter.yaml": "predict", "pairs.yaml": "predict"}
 FIT = [name for name in CONFIGS if name not in OTHERS]
 
 FEW = shlex.split(
@@ -37,6 +42,7 @@ SMALLER = {
     "digits/rlvr_gspo": "--model.num_rollouts 8 --trainer.max_steps 8",  # four steps a batch
     "evaluate": "--data.num_test 4 --data.num_hard 4",
     "filter": "--data.num_train 4 --model.num_samples 2",
+    "pairs": "--data.num_train 4",
 }
 
 
@@ -72,6 +78,7 @@ def each(stage: str, *names: str) -> set[str]:
 
 EXPERTS = ("perception", "reasoning")
 PROXIES = [f"{what}/{side}" for what in ("descriptive_items", "reasoning_steps") for side in ("policy", "supervision")]
+EVALUATED = ("accuracy", "teacher_nll_caption", "embedding_energy", "probe_auc", "probe_auc_length_matched")
 SFT_TAGS = each("sft", "loss", "val_loss")
 RLVR_TAGS = (
     each("rlvr", "reward", "accuracy", "format", "entropy", "clip_fraction", "zero_std_groups", "response_length")
@@ -96,7 +103,8 @@ TAGS = {
     "digits/rlvr_dapo": RLVR_TAGS | each("rlvr", "overlong", "refills", "shortfall"),
     "digits/rlvr_gspo": RLVR_TAGS,
     "filter": set(),  # it writes pass_rates.jsonl
-    "evaluate": each("evaluate", *(f"{split}/all/{what}" for split in ("test", "hard") for what in ("accuracy",))),
+    "pairs": set(),  # it writes pairs.jsonl
+    "evaluate": each("evaluate", *(f"{split}/all/{what}" for split in ("test", "hard") for what in EVALUATED)),
 }
 
 
@@ -156,7 +164,7 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 
 
 def test_every_yaml_is_shipped_and_stands_in_the_tables():
-    assert shipped_configs() == sorted([*CONFIGS, PIPELINE])
+    assert shipped_configs() == SHIPPED
     assert {name.removesuffix(".yaml") for name in FIT} == OPTIMISERS.keys()
     assert {name.removesuffix(".yaml") for name in CONFIGS} == TAGS.keys()
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from datamodules.digits import DigitsDataModule
 from modules.pass_rates import PassRateModule
 from prism_pl.__main__ import main
 from prism_pl.chat import render
-from prism_pl.pass_rates import KEPT_IDS, PASS_RATES, histogram, read_pass_rates
+from prism_pl.pass_rates import KEPT_IDS, PASS_RATES, histogram, read_pass_rates, read_recipe
 from prism_pl.policy import PolicySpec
 from prism_pl.rewards import RewardOutput
 from prism_pl.rollout.engine import Sampling
@@ -33,7 +34,9 @@ def predict(folder, policy, rows, texts, **options):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = Trainer(default_root_dir=folder, accelerator="cpu", **quiet)
     trainer.predict(module, DataLoader(rows, batch_size=2, collate_fn=module.collator))
-    return [json.loads(line) for line in (Path(folder) / PASS_RATES).read_text().splitlines()]
+    header, *lines = [json.loads(line) for line in (Path(folder) / PASS_RATES).read_text().splitlines()]
+    assert header["recipe"] == {"data": None, "policy": policy, "sampling": ANY, "num_samples": settings["num_samples"]}
+    return lines
 
 
 def test_pass_rates_by_hand(random_policy, tmp_path):
@@ -68,7 +71,7 @@ def test_a_broken_measurement_leaves_the_file_of_before(random_policy, tmp_path)
     lines = predict(tmp_path, random_policy, rows, [RIGHT])
     with pytest.raises(ValueError, match="killed"):
         predict(tmp_path, random_policy, rows, [OTHER], engine=Killed([OTHER], lengths=[4]))
-    assert [json.loads(line) for line in (tmp_path / PASS_RATES).read_text().splitlines()] == lines
+    assert [json.loads(line) for line in (tmp_path / PASS_RATES).read_text().splitlines()][1:] == lines
 
 
 def test_wrong_options_and_rewards_are_named(random_policy, tmp_path):
@@ -168,6 +171,17 @@ def test_a_missing_and_an_empty_file_are_named(tmp_path):
         read_pass_rates(tmp_path / "empty.jsonl")
 
 
+def test_pass_rates_of_other_data_are_refused_and_of_unknown_data_taken_by_id(tmp_path):
+    file = write(tmp_path / "filter" / PASS_RATES, {"a": 0.5})
+    trainer = SimpleNamespace(is_global_zero=False, default_root_dir=str(tmp_path))
+    recipe = {"rows": "5f1c", "system_prompt": "Look."}
+    keep_by_difficulty(["a"], ["a"], file, (0, 1), trainer, recipe)  # pyright: ignore[reportArgumentType]
+    file.write_text(json.dumps({"recipe": {"data": recipe}}) + "\n" + file.read_text())
+    keep_by_difficulty(["a"], ["a"], file, (0, 1), trainer, recipe)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"measured on other data than is trained on.*rows: 5f1c -> 77aa"):
+        keep_by_difficulty(["a"], ["a"], file, (0, 1), trainer, {**recipe, "rows": "77aa"})  # pyright: ignore[reportArgumentType]
+
+
 # The digits data and the command line
 
 
@@ -197,11 +211,16 @@ def test_predict_and_fit_from_the_command_line(random_policy, tmp_path, monkeypa
     sampling = ["--model.num_samples", "2", "--model.sampling.max_tokens", "4", "--model.engine", engine]
     assert main(["predict", "--config", "filter.yaml", *few, *sampling]) == 0, capsys.readouterr().err
     assert list(read_pass_rates(Path("runs/filter") / PASS_RATES).values()) == [0.0] * 4
+    measured = read_recipe(Path("runs/filter") / PASS_RATES) or {}
+    assert measured["data"]["digits"] == "rlvr"
+    assert measured["policy"] == random_policy
     Path("mine.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"pass_rates": "runs/filter"}}}))
     fit = ["fit", "--config", "rlvr.yaml", "--config", "mine.yaml", *few, "--model.rollout", engine]
     assert main([*fit, "--trainer.default_root_dir", "runs/a"]) == 1
     assert "leaves none of 4 rows" in capsys.readouterr().err
     steps = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--model.sampling.max_tokens", "4"]
+    assert main([*fit, *steps, "--data.seed", "1", "--trainer.default_root_dir", "runs/a"]) == 1
+    assert "measured on other data than is trained on" in capsys.readouterr().err
     assert main([*fit, *steps, "--data.keep", "[0, 0.5]", "--trainer.default_root_dir", "runs/b"]) == 0
     assert len(json.loads(Path("runs/b", KEPT_IDS).read_text())["ids"]) == 4
     assert main(["predict", "--config", "sft.yaml"]) == 2

@@ -1,5 +1,6 @@
 """What a run goes on from: broken, lost and full places, Ctrl+C, and what a start says and notes down."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from prism_pl import checkpoint_files
 from prism_pl.__main__ import main
 from prism_pl.checkpoint_files import LastCheckpoints
+from prism_pl.cli import PrismCLI
 from prism_pl.optim import lr_scheduler, rate_jumps
 from prism_pl.pipeline.plan import checkpoint_in
 from tests.test_cli import DUMMY, last_step
@@ -55,9 +57,34 @@ def test_starts_and_the_last_step_are_noted_down_and_two_checkpoints_kept(folder
         (0, None, 2),
         (2, str(LAST), 4),
     ]
-    assert json.loads((RUN / "progress.json").read_text()) == {"step": 4, "checkpoint": "checkpoints/last.ckpt"}
+    assert json.loads((RUN / "progress.json").read_text()) == {
+        "step": 4,
+        "checkpoint": "checkpoints/last.ckpt",
+        "finished": True,
+    }
     assert (step(PREVIOUS), step(LAST)) == (3, 4)
     assert sorted(path.name for path in LAST.parent.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+def test_a_finished_run_says_so_and_what_comes_next_before_anything_is_loaded(folder, caplog, monkeypatch):
+    assert main(FIT) == 0
+    assert "runs/dummy is finished, at step 2." in caplog.text
+    before = (RUN / "starts.jsonl").read_bytes()
+
+    def loaded(self):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(PrismCLI, "instantiate_classes", loaded)
+    caplog.clear()
+    assert main(FIT) == 0
+    assert "runs/dummy was finished already, at step 2. More steps: --trainer.max_steps" in caplog.text
+    assert "Next: tensorboard --logdir runs/dummy" in caplog.text
+    assert (RUN / "starts.jsonl").read_bytes() == before
+    # More steps, and a fit that was killed before its callbacks had exported, are gone on with.
+    assert main([*FIT, STEPS, "3"]) == 1
+    progress = json.loads((RUN / "progress.json").read_text())
+    (RUN / "progress.json").write_text(json.dumps(progress | {"finished": False}))
+    assert main(FIT) == 1
 
 
 def test_what_a_kill_left_behind_is_cleared_away(folder):
@@ -215,8 +242,39 @@ def test_a_kill_between_the_two_renames_leaves_the_new_checkpoint_to_go_on_from(
     assert (step(PREVIOUS), step(LAST)) == (2, 3)
 
 
+@pytest.mark.parametrize("kinds", itertools.product(("file", "folder"), repeat=2), ids="-".join)
+@pytest.mark.parametrize("killed_after", [0, 1, 2])
+def test_a_kill_while_a_checkpoint_of_before_is_replaced_leaves_one_to_go_on_from(
+    killed_after, kinds, tmp_path, monkeypatch
+):
+    files = LastCheckpoints(tmp_path)  # the run went on from elsewhere: `last` is not its own
+    files.last.parent.mkdir()
+    for path, kind in zip((files.last, files.next), kinds, strict=True):
+        path.mkdir() if kind == "folder" else None
+        (path / "rank-0" if kind == "folder" else path).write_text(path.stem)
+    calls = itertools.count()
+
+    class Killing:
+        def replace(self, source, target):
+            if next(calls) == killed_after:
+                raise KeyboardInterrupt
+            os.replace(source, target)
+
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+    monkeypatch.setattr(checkpoint_files, "os", Killing())
+    with contextlib.suppress(KeyboardInterrupt):
+        files.publish(7)
+    left = LastCheckpoints(tmp_path).to_go_on_from()
+    assert left is not None
+    inside = left / "rank-0" if left.is_dir() else left
+    assert inside.read_text() == ("last" if killed_after == 0 else "next")
+
+
 def test_the_pipeline_and_a_run_agree_on_what_it_goes_on_from(tmp_path):
-    for names in itertools.product(*(("", name) for name in ("last.ckpt", "previous.ckpt", "next.ckpt"))):
+    possible = ("last.ckpt", "previous.ckpt", "next.ckpt", "passed-over.partial")
+    for names in itertools.product(*(("", name) for name in possible)):
         run = tmp_path / ("-".join(names) or "none")
         (run / "checkpoints").mkdir(parents=True)
         for name in filter(None, names):

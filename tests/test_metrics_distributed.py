@@ -23,7 +23,7 @@ from prism_pl.metrics import (
     RewardGapMetric,
     StepCorrectness,
 )
-from prism_pl.rollout.ranks import gathered
+from prism_pl.strategy.ranks import gathered_values
 from tests.style_game import Game
 
 NUM_PROMPTS = 5
@@ -110,7 +110,7 @@ def panel_numbers(rows: slice) -> dict[str, float]:
         whole = judged(game.step())["perception"]
         sides = ({name: value[rows] for name, value in side.items()} for side in (whole.rollouts, whole.demonstrations))
         own = Judged(whole.scores_PG[rows], whole.demonstration_P[rows], whole.valid_PG[rows], *sides)
-        numbers = panel.update(joined(gathered(own)), 10.0)
+        numbers = panel.update(joined(gathered_values(own)), 10.0)
     return numbers
 
 

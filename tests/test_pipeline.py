@@ -12,6 +12,7 @@ import torch
 from prism_pl.__main__ import main
 from prism_pl.errors import PipelineFailed, Stopped, UsageError
 from prism_pl.ledger import locked
+from prism_pl.pipeline import jobs
 from tests.fake_stages import FakeRunner, ledger, start, statuses, write_pipeline
 
 ALL = ["base", "sft", "align", "filter", "rlvr", "filter-sft", "baseline", "evaluate-rlvr", "evaluate-baseline"]
@@ -489,6 +490,31 @@ def test_fresh_runs_everything_beside():
     start()
     assert start("--fresh").started == [*ALL, "report"]
     assert ledger("run-2")["command"].endswith("--run_folder run-2")
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, "2"), ("5", "5")])
+def test_processes_side_by_side_share_the_cores(monkeypatch, given, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(jobs, "can_fork", lambda: False)
+    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 8)
+    environments = []
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *args, env, **options: environments.append(env))
+    jobs.ProcessRunner(parallel=4).start(["fit"], Path("run/stage.log"), on_screen=False)
+    assert environments[0]["OMP_NUM_THREADS"] == threads
+    assert jobs.ProcessRunner().threads is None  # alone a stage has them all
+
+
+def test_what_does_not_depend_on_a_failure_still_runs_if_asked_to():
+    edit("pipeline.yaml", "stages:", "keep_going: true\nstages:")
+    runner = FakeRunner({"filter": 1})
+    with pytest.raises(PipelineFailed, match="Stage filter failed with exit code 1"):
+        start(runner=runner)
+    lost = {"rlvr", "evaluate-rlvr", "report"}
+    assert set(runner.started) == {*ALL, "report"} - lost
+    assert {name for name, status in statuses().items() if status == "pending"} == lost
+    assert set(start().started) == {"filter", *lost}
 
 
 # Wrong YAML

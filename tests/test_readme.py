@@ -22,14 +22,15 @@ SMALL = {
 }
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: str = README) -> list[str]:
     """The fenced blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[str]:
-    """Every `python -m prism_pl` line of the shell blocks, as one line each."""
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    """Every `python -m prism_pl` line of the shell blocks of README and docs, as one line each."""
+    pages = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+    lines = "".join(block for page in pages for block in blocks("bash", page)).replace("\\\n", " ").splitlines()
     return [" ".join(line.split()) for line in lines if line.startswith("python -m prism_pl")]
 
 
@@ -44,7 +45,7 @@ def swap(tmp_path, monkeypatch):
     sys.modules.pop("my_reward", None)
 
 
-def test_the_swapped_reward_trains_and_is_logged(swap):
+def test_the_swapped_reward_trains_and_is_logged(swap, without_vllm):
     small = [f"--{group}.{key}={value}" for group, keys in SMALL.items() for key, value in keys.items()]
     assert main(["fit", "--config", "rlvr.yaml", "--config", "brief.yaml", *small]) == 0
     run = swap / "runs" / "rlvr+brief"
@@ -128,7 +129,9 @@ def test_the_tree_names_what_exists():
     assert missing == []
 
 
-def test_the_tree_names_every_package():
-    tree = blocks("text")[0]
-    tracked = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"configs", "assets", "scripts"}
-    assert {name for name in tracked if f"{name}/" not in tree} == set()
+def test_the_tree_names_every_package_and_every_file_of_the_library():
+    named = set(re.findall(r"[\w/]+(?:\.py|/)(?=[, ])", blocks("text")[0]))
+    packages = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"configs/", "assets/", "scripts/"}
+    inside = {f"{path.parent.name}/" for path in (ROOT / "prism_pl").glob("*/__init__.py")}
+    files = {path.name for path in (ROOT / "prism_pl").glob("*.py")} - {"__init__.py"}
+    assert sorted((packages | inside | files) - named) == []

@@ -242,8 +242,11 @@ def test_missing_pieces_are_left_out_with_a_line(tmp_path, run):
     assert "The image images/row-0-0.png is gone." in text
     trained = tmp_path / "trained"
     write_stage(trained / "sft", {"sft/loss": [3.0, 1.0]})
+    (trained / "sft" / "export").mkdir()
     assert main(["report", str(trained)]) == 0
     text = (trained / "report.md").read_text()
+    assert "stages sft (sft); no checkpoint was evaluated." in text
+    assert "Not evaluated: sft/export (`python -m prism_pl test" in text
     assert "Left out: no evaluation.json was found" in section(text, "## Results")
     assert cells(section(text, "## Cost"), "sft")["batches"] == "2"
 
@@ -260,14 +263,17 @@ def test_a_checkpoint_without_a_split_is_left_out_of_its_tables(tmp_path):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda folder: None, "there is no such folder"),
+        (lambda folder: None, "demo: there is no such folder. Beside it: other."),
+        (lambda folder: (folder.parent / "demo2").mkdir(), "there is no such folder. Did you mean demo2?"),
         (lambda folder: folder.mkdir(), "this is no run. It holds no evaluation.json"),
+        (lambda folder: folder.mkdir(), "Give the folder that holds the stages' folders. Beside it: other"),
         (lambda folder: folder.write_text("x"), "this is a file. Give the folder of a run"),
         (lambda folder: broken(folder / "evaluation.json", "{"), "evaluation.json is no evaluation"),
         (lambda folder: broken(folder / "ledger.json", "[]"), "ledger.json is no ledger"),
     ],
 )
 def test_what_is_no_run_is_one_message(tmp_path, capsys, make, says):
+    (tmp_path / "other").mkdir()
     make(tmp_path / "demo")
     assert main(["report", str(tmp_path / "demo")]) in (1, 2)
     error = capsys.readouterr().err.strip()

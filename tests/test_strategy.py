@@ -1,5 +1,6 @@
 """What the modules need of a strategy: one player trains at a time, and small steps reach the weights."""
 
+import sys
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -7,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
-from modules.align import AdversarialAlignModule
-from modules.rlvr import RLVRModule
 from modules.sft import SFTModule
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.strategy import check_one_device, check_trainer, training_only
+from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, check_strategy, check_trainer, training_only
+from prism_pl.strategy.checks import check_equal_batches
+from prism_pl.strategy.engine_config import check_names, engine_config, merged
+from prism_pl.strategy.engines import import_deepspeed, networks_of, optimizer_of_each
 from tests.conftest import make_examples
-from tests.stubs import Rows, fit, weights
+from tests.stubs import RIGHT, Rows, fit, make_rlvr, weights
 
 
 class TwoPlayers(LightningModule):
@@ -55,17 +59,95 @@ def test_every_other_half_precision_is_refused_for_bf16_mixed(precision):
         check_trainer(SimpleNamespace(precision=fine, accumulate_grad_batches=1))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("stage", ["align", "rlvr"])
-def test_stages_with_their_own_backward_passes_refuse_several_processes(stage, monkeypatch):
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    check_one_device(trainer)
-    monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match=r"make 2 processes.*Set trainer\.devices to 1"):
-        check_one_device(trainer)
-    kind = {"align": AdversarialAlignModule, "rlvr": RLVRModule}[stage]
-    # Refused at the very start: only the trainer is looked at.
-    with pytest.raises(ValueError, match="make 2 processes"):
-        kind.on_fit_start(SimpleNamespace(trainer=trainer))  # type: ignore[arg-type]
+def test_strategies_that_cannot_run_several_backward_passes_are_refused_with_one_that_can(random_policy):
+    for fine in (SingleDeviceStrategy(), DDPStrategy(find_unused_parameters=True), MultiEngineDeepSpeedStrategy()):
+        check_strategy(fine)
+    with pytest.raises(ValueError, match=r"DDPStrategy.*Use --config strategy/ddp\.yaml"):
+        check_strategy(DDPStrategy())
+    stock: Any = object.__new__(DeepSpeedStrategy)
+    with pytest.raises(ValueError, match=r"Lightning's DeepSpeedStrategy, with one engine for one optimiser.*zero2"):
+        check_strategy(stock)
+    # Before the networks are built.
+    module = make_rlvr(random_policy, [RIGHT])
+    module.trainer = Trainer(accelerator="cpu", devices=1, strategy="ddp", logger=False, enable_checkpointing=False)
+    module.trainer.state.fn = TrainerFn.FITTING
+    with pytest.raises(ValueError, match="runs backward passes of its own"):
+        module.configure_model()
+    assert module.policy is None
+
+
+def test_options_of_an_engine_go_over_those_of_all_key_by_key():
+    common = EngineOptions(2, False, False, "32", {"zero_optimization": {"reduce_bucket_size": 5}, "dump_state": True})
+    one = EngineOptions(stage=3, config={"zero_optimization": {"sub_group_size": 7}}).over(common)
+    assert (one.stage, one.precision) == (3, "32")
+    config = engine_config("policy", one, on_gpu=False)
+    zero = config["zero_optimization"]
+    assert (zero["stage"], zero["reduce_bucket_size"], zero["sub_group_size"]) == (3, 5, 7)
+    assert config["dump_state"]
+    assert config["bf16"]["enabled"] is False
+    assert merged({"a": {"b": 1}}, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stage": 4}, "stage is 4, give 0, 1, 2 or 3"),
+        ({"stage": 0, "precision": "bf16"}, r"bf16 at stage 0 takes a step of its own .* Set stage 1, or .*ddp\.yaml"),
+        ({"stage": 2, "offload_params": True}, "offload_params at stage 2: only stage 3 shards weights"),
+        ({"stage": 0, "offload_optimizer": True}, "offload_optimizer at stage 0: set stage 1"),
+        ({"config": {"gradient_accumulation_steps": 4}}, r"gradient_accumulation_steps: set .*micro_batch_tokens"),
+        ({"config": {"train_batch_size": 4}}, "train_batch_size: set the data's batch_size"),
+        ({"config": {"gradient_clipping": 1.0}}, "gradient_clipping: set max_grad_norm"),
+        ({"config": {"fp16": {"enabled": True}}}, r"fp16: .* bf16-mixed"),
+        ({"config": {"zero_optimization": {"stage": 3}}}, "set stage beside config"),
+        (
+            {"stage": 3, "config": {"zero_optimization": {"zero_quantized_weights": True}}},
+            "ZeRO-3 with zero_quantized_weights is not supported",
+        ),
+    ],
+)
+def test_options_that_would_train_wrongly_are_one_line(options, said):
+    complete = EngineOptions(**options).over(EngineOptions(2, False, False, "32", {}))
+    with pytest.raises(ValueError, match=f"the engine of policy: .*{said}"):
+        engine_config("policy", complete, on_gpu=False)
+
+
+def test_an_engine_of_an_unknown_network_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match=r"names 'polcy', and the module's networks are policy, discriminator.*policy"):
+        check_names({"polcy": EngineOptions()}, ["policy", "discriminator"])
+
+
+def test_each_optimiser_belongs_to_the_one_network_of_its_parameters():
+    module = TwoPlayers()
+    networks = networks_of(module)
+    assert list(networks) == ["policy", "discriminator"]
+    policy, discriminator = (torch.optim.SGD(n.parameters(), lr=1.0) for n in networks.values())
+    assert optimizer_of_each([discriminator, policy], networks) == {"policy": policy, "discriminator": discriminator}
+    with pytest.raises(ValueError, match="discriminator and policy: give each network one of its own"):
+        optimizer_of_each([torch.optim.SGD(module.parameters(), lr=1.0)], networks)
+    with pytest.raises(ValueError, match="discriminator wants gradients and has no optimiser"):
+        optimizer_of_each([policy], networks)
+    with pytest.raises(ValueError, match="policy has two optimisers"):
+        optimizer_of_each([policy, torch.optim.SGD(module.policy.parameters(), lr=1.0)], networks)
+    module.discriminator.weight = module.policy.weight
+    with pytest.raises(ValueError, match="policy and discriminator share a parameter"):
+        networks_of(module)
+
+
+def test_deepspeed_that_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match=r"deepspeed is not installed: pip install 'prism_pl\[deepspeed\]'"):
+        import_deepspeed(torch.device("cpu"))
+
+
+def test_ranks_with_batches_of_different_sizes_are_one_line(monkeypatch):
+    device = torch.device("cpu")
+    check_equal_batches([1, 2], device)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    # Another rank has 3 rows: the largest of (2, 3), and of (-2, -3).
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda size, op: size.copy_(torch.tensor([3, -2])))
+    with pytest.raises(ValueError, match="batches of 2 to 3 rows in one step"):
+        check_equal_batches([1, 2], device)
 
 
 def test_an_adamw_step_at_1e_6_is_below_the_gap_of_bf16_weights_and_not_of_float32_ones(random_policy):

@@ -18,7 +18,7 @@ from prism_pl.discriminator.folder import (
     write_settings,
 )
 from prism_pl.discriminator.interface import Discriminator, RowScores
-from prism_pl.logprobs import chunked_logps
+from prism_pl.logprobs import head_logps
 from prism_pl.packing import Layout, attend_packed, packed_layout, padded_layout
 from prism_pl.policy import (
     batch_vision_attention,
@@ -26,11 +26,22 @@ from prism_pl.policy import (
     freeze_matching,
     fresh_temporary,
     image_features,
+    no_image,
     put_in_place,
     save_processor,
     set_dtype,
 )
 from prism_pl.processor import Processor
+from prism_pl.strategy.ranks import world_size
+from prism_pl.strategy.sharding import gathered_state, is_first_rank
+
+
+class Head(nn.Linear):
+    """In float32 also under bf16 autocast and on bf16 weights: bf16 keeps 8 bits, too few to rank near-equal scores."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.linear(input.float(), self.weight.float())
 
 
 class BackboneDiscriminator(Discriminator):
@@ -102,7 +113,7 @@ class BackboneDiscriminator(Discriminator):
     def _heads(self, path: str, init_heads: bool) -> nn.ModuleDict:
         hidden = self.model.config.text_config.hidden_size
         names = self.experts if self.settings.heads == "per_expert" else ("shared",)
-        heads = nn.ModuleDict({name: nn.Linear(hidden, 1, bias=False) for name in names})
+        heads = nn.ModuleDict({name: Head(hidden, 1, bias=False) for name in names})
         if not init_heads:
             heads.load_state_dict(read_heads(path, heads.state_dict()))
             return heads
@@ -119,9 +130,7 @@ class BackboneDiscriminator(Discriminator):
         hidden_NH = output.last_hidden_state.flatten(0, 1)
         last_B = layout.place_of_BS.gather(1, sequences.lengths_B[:, None] - 1).squeeze(1)
         last_BH = hidden_NH[last_B]
-        # In float32 also under bf16 autocast: bf16 keeps 8 bits, too few to rank near-equal scores.
-        with torch.autocast(last_BH.device.type, enabled=False):
-            by_head = torch.cat([head(self.dropout(last_BH.float())) for head in self.heads.values()], dim=1)
+        by_head = torch.cat([head(self.dropout(last_BH)) for head in self.heads.values()], dim=1)
         column_B = expert_N if len(self.heads) > 1 else torch.zeros_like(expert_N)
         scores_B = by_head.gather(1, column_B[:, None]).squeeze(1)
         diagnostics = {}
@@ -158,6 +167,8 @@ class BackboneDiscriminator(Discriminator):
             visual = ids == model.config.image_token_id
             embeds = embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds.dtype))
             options |= {"visual_pos_masks": visual, "deepstack_visual_embeds": deepstack}
+        elif world_size() > 1 and not self.text_only:
+            embeds = embeds + no_image(model).to(embeds.dtype)
         if layout.blocks is not None:
             options["blocks"] = layout.blocks
         return model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False, **options)
@@ -169,22 +180,21 @@ class BackboneDiscriminator(Discriminator):
         before_BT = layout.place_of_BS.gather(1, (batch.response_index_BT - 1).clamp_min(0))
         # In float32 also under bf16 autocast, as the heads: a false word among forty moves the mean by little.
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            logps, _ = chunked_logps(
-                hidden_NH[before_BT[mask_BT]],
-                lambda hidden: nn.functional.linear(hidden.float(), embeddings.weight.float()),
-                batch.response_ids_BT[mask_BT],
-            )
+            logps, _ = head_logps(hidden_NH[before_BT[mask_BT]].float(), embeddings, batch.response_ids_BT[mask_BT])
         logps_BT = torch.zeros(mask_BT.shape, device=logps.device).masked_scatter(mask_BT, logps)
         return logps_BT.sum(-1) / mask_BT.sum(-1)
 
     def save(self, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
-        """Write backbone and heads (safetensors), settings, tokenizer and processor; a kill leaves no half folder."""
+        """Write backbone and heads (safetensors), settings, tokenizer and processor; a kill leaves no half folder.
+        Every rank comes here, and the first writes."""
+        weights = gathered_state(self.model.state_dict(keep_vars=True), getattr(torch, dtype))
+        heads = gathered_state(self.heads.state_dict(keep_vars=True), torch.float32)
+        if not is_first_rank():
+            return
         temporary = fresh_temporary(folder)
-        kind = getattr(torch, dtype)
-        weights = {name: tensor.detach().to(kind) for name, tensor in self.model.state_dict().items()}
         self.model.save_pretrained(temporary, state_dict=weights)
         set_dtype(temporary / "config.json", dtype)
-        write_heads(self.heads.state_dict(), temporary)
+        write_heads(heads, temporary)
         write_settings(self.settings, temporary)
         save_processor(self.processor, temporary)
         put_in_place(temporary, folder)

@@ -9,6 +9,7 @@ from prism_pl.batch import SequenceBatch
 from prism_pl.chat import EXPERTS
 from prism_pl.discriminator.backbone import BackboneDiscriminator
 from prism_pl.policy import load_safetensors
+from prism_pl.strategy.sharding import whole_construction
 
 
 class DedicatedMoEDiscriminator(BackboneDiscriminator):
@@ -78,4 +79,6 @@ def load_dedicated(path: str, anew: bool, attn_implementation: str) -> Any:
 
     if not anew:
         return load_safetensors(DedicatedQwen3VLModel, path, attn_implementation)
-    return dedicate(load_safetensors(Qwen3VLModel, path, attn_implementation), attn_implementation)
+    with whole_construction():
+        dense = load_safetensors(Qwen3VLModel, path, attn_implementation)
+    return dedicate(dense, attn_implementation)

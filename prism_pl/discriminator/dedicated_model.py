@@ -42,9 +42,9 @@ class DedicatedLayer(Qwen3VLTextDecoderLayer):
         hidden_states = hidden_states + attended
         flat_NH = self.post_attention_layernorm(hidden_states).flatten(0, 1)
         # An expert without a place runs over none of them: its weights get a gradient of 0, and ranks stay in step.
-        parts = flat_NH[routes.order_N].split(routes.sizes)
+        parts = flat_NH.index_select(0, routes.order_N).split(routes.sizes)
         made = [mlp(part) for mlp, part in zip(self.mlp.values(), parts, strict=True)]
-        return hidden_states + torch.cat(made)[routes.back_N].view_as(hidden_states)
+        return hidden_states + torch.cat(made).index_select(0, routes.back_N).view_as(hidden_states)
 
 
 class DedicatedQwen3VLModel(Qwen3VLModel):

@@ -28,11 +28,12 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
     order: list[Tensor] = []
     parts: list[RowScores] = []
     for rows, piece in micro_batches(batch.sequences, micro_batch_tokens):
-        expert_N = batch.expert_N[rows]
+        expert_N = batch.expert_N[rows] if len(rows) else batch.expert_N[:1]
         if len(rows) < len(batch.expert_N) and torch.is_grad_enabled():
-            parts.append(RowScores(*checkpoint(discriminator, piece, expert_N, use_reentrant=False)))
+            part = RowScores(*checkpoint(discriminator, piece, expert_N, use_reentrant=False))
         else:
-            parts.append(discriminator(piece, expert_N))
+            part = discriminator(piece, expert_N)
+        parts.append(part if len(rows) else _uncounted(part))
         order.append(rows)
     scores_N = in_order(order, [part.scores_N for part in parts])
     by_expert = {}
@@ -44,6 +45,11 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
     diagnostics = _means(parts) | {f"too_long/{expert}": value for expert, value in batch.too_long.items()}
     diagnostics |= discriminator.metrics({name: value.detach() for name, value in sums.items()})
     return Scores(by_expert, batch.valid_B, aux_loss, diagnostics)
+
+
+def _uncounted(part: RowScores) -> RowScores:
+    """Of a row that only keeps this rank in step with the others: in the graph, and in no sum."""
+    return RowScores(part.scores_N[:0], {name: 0 * value for name, value in part.sums.items()}, part.diagnostics)
 
 
 def _means(parts: Sequence[RowScores]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from prism_pl.discriminator.folder import HeadSharing
 from prism_pl.discriminator.routing import routing_diagnostics
 from prism_pl.discriminator.upcycling import upcycle
 from prism_pl.policy import load_safetensors
+from prism_pl.strategy.sharding import whole_construction
 
 
 class SparseMoEDiscriminator(BackboneDiscriminator):
@@ -107,7 +108,8 @@ def load_sparse(
         model = load_safetensors(Qwen3VLMoeModel, path, attn_implementation)
         model.set_experts_implementation(experts_implementation)
         return model
-    dense = load_safetensors(Qwen3VLModel, path, attn_implementation)
+    with whole_construction():
+        dense = load_safetensors(Qwen3VLModel, path, attn_implementation)
     return upcycle(
         dense,
         num_experts,

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism_pl.strategy.sharding import build_sharded, builds_sharded
+
 ROUTER_STD = 0.02
 
 
@@ -61,6 +63,8 @@ def moe_config(dense: Any, num_experts: int, top_k: int) -> Any:
 
 def from_weights(kind: Any, config: Any, weights: Mapping[str, Tensor], **options: Any) -> Any:
     """A model of transformers that holds exactly these weights, in float32."""
+    if builds_sharded():
+        return build_sharded(kind, config, lambda: weights, **options)
     model, info = kind.from_pretrained(
         None, config=config, state_dict=dict(weights), dtype=torch.float32, output_loading_info=True, **options
     )

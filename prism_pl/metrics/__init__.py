@@ -15,13 +15,15 @@ from prism_pl.metrics.bootstrap import (
     paired_ratio_difference,
     ratio_interval,
 )
+from prism_pl.metrics.bootstrap_crossed import crossed_interval
 from prism_pl.metrics.counting import count_items, describe_rule
 
 if TYPE_CHECKING:
     from prism_pl.metrics.bootstrap_mean import BootstrapMean
-    from prism_pl.metrics.drift import DistributionDistance, LengthDistance, energy_distance
+    from prism_pl.metrics.drift import DistributionDistance, LengthDistance, energy_distance, energy_interval
     from prism_pl.metrics.faithfulness import CaptionFaithfulness, ItemCounts, StepCorrectness, compare_items
     from prism_pl.metrics.passk import PassAtK, pass_at_k
+    from prism_pl.metrics.probe import probe_intervals
     from prism_pl.metrics.reward_gap import RewardGapMetric
     from prism_pl.metrics.structure import DescriptiveItems, ReasoningSteps
     from prism_pl.metrics.structure_drift import StructureDrift
@@ -40,7 +42,9 @@ _HOME = {
     "StructureDrift": "structure_drift",
     "compare_items": "faithfulness",
     "energy_distance": "drift",
+    "energy_interval": "drift",
     "pass_at_k": "passk",
+    "probe_intervals": "probe",
 }
 
 __all__ = [
@@ -59,11 +63,14 @@ __all__ = [
     "bootstrap_interval",
     "compare_items",
     "count_items",
+    "crossed_interval",
     "describe_rule",
     "energy_distance",
+    "energy_interval",
     "paired_difference",
     "paired_ratio_difference",
     "pass_at_k",
+    "probe_intervals",
     "ratio_interval",
 ]
 

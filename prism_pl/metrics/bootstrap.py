@@ -72,7 +72,7 @@ def paired_difference(
     Raises:
         ValueError: as `bootstrap_interval`, and when the ids of the two differ.
     """
-    ids = _same_ids(a, b)
+    ids = same_ids(a, b)
     return bootstrap_interval([a[key] - b[key] for key in ids], num_resamples, level, seed)
 
 
@@ -87,9 +87,50 @@ def paired_ratio_difference(
 
     Raises as `paired_difference`. NaN as in `ratio_interval`.
     """
-    rows_P4 = np.array([(*a[key], *b[key]) for key in _same_ids(a, b)], dtype=np.float64).reshape(-1, 4)
+    rows_P4 = np.array([(*a[key], *b[key]) for key in same_ids(a, b)], dtype=np.float64).reshape(-1, 4)
     order_P = np.lexsort(rows_P4.T)
     return _interval(rows_P4[order_P], num_resamples, level, seed)
+
+
+def average_interval(
+    groups: Sequence[Sequence[tuple[float, ...]]],
+    weights: Sequence[float],
+    num_resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the weighted mean over groups (benchmarks) of each group's ratio, or difference of ratios.
+
+    Groups are resampled independently of each other, each over its own rows.
+
+    Args:
+        groups: rows of (numerator, denominator), or of (numerator, denominator) of a and then of b for differences.
+
+        weights: one a group, divided by their sum.
+
+    Raises as `ratio_interval`, and where weights and groups are not as many, or none.
+    """
+    if not groups or len(groups) != len(weights):
+        raise ValueError(f"{len(groups)} groups and {len(weights)} weights: an average needs a weight a group")
+    tables = [np.array(rows, dtype=np.float64) for rows in groups]
+    tables = [table_PC[np.lexsort(table_PC.T)] for table_PC in tables]
+    mean = float(np.average([_statistic(table_PC.sum(0), len(table_PC)) for table_PC in tables], weights=weights))
+    num_rows = sum(map(len, tables))
+    if any(len(table_PC) == 1 for table_PC in tables):
+        return Interval(mean, float("nan"), float("nan"), num_rows)
+    estimates = [_estimates(table_PC, num_resamples, seed + n) for n, table_PC in enumerate(tables)]
+    return Interval(mean, *_bounds(np.average(estimates, axis=0, weights=weights), level), num_rows)
+
+
+def same_ids(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
+    """The ids that both have, in order; ValueError where one lacks an id of the other's."""
+    if a.keys() != b.keys():
+        only_a, only_b = sorted(a.keys() - b.keys())[:3], sorted(b.keys() - a.keys())[:3]
+        raise ValueError(
+            f"a paired difference needs the same prompts on both sides: {len(a)} and {len(b)} ids, "
+            f"only in a: {only_a}, only in b: {only_b}. Evaluate both on the same split, or intersect them first"
+        )
+    return sorted(a)
 
 
 def _interval(columns_PC: np.ndarray, num_resamples: int, level: float, seed: int) -> Interval:
@@ -104,15 +145,25 @@ def _interval(columns_PC: np.ndarray, num_resamples: int, level: float, seed: in
     mean = float(_statistic(columns_PC.sum(0), num_prompts))
     if num_prompts == 1:
         return Interval(mean, float("nan"), float("nan"), 1)
+    return Interval(mean, *_bounds(_estimates(columns_PC, num_resamples, seed), level), num_prompts)
+
+
+def _estimates(columns_PC: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
+    """The statistic of every resample."""
+    num_prompts = len(columns_PC)
     generator = np.random.default_rng(seed)
     rows = max(1, _CHUNK // (num_prompts * columns_PC.shape[1]))
     estimates = []
     for first in range(0, num_resamples, rows):
         drawn_RP = generator.integers(num_prompts, size=(min(rows, num_resamples - first), num_prompts))
         estimates.append(_statistic(columns_PC[drawn_RP].sum(1), num_prompts))
+    return np.concatenate(estimates)
+
+
+def _bounds(estimates_R: np.ndarray, level: float) -> tuple[float, float]:
     tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(estimates), [tail, 1 - tail])
-    return Interval(mean, float(low), float(high), num_prompts)
+    low, high = np.quantile(estimates_R, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def _statistic(sums_RC: np.ndarray, num_prompts: int) -> np.ndarray:
@@ -136,13 +187,3 @@ def _same_length(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.
     if len(first) != len(second):
         raise ValueError(f"{len(first)} numerators and {len(second)} denominators: give one of each for a prompt")
     return first, second
-
-
-def _same_ids(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
-    if a.keys() != b.keys():
-        only_a, only_b = sorted(a.keys() - b.keys())[:3], sorted(b.keys() - a.keys())[:3]
-        raise ValueError(
-            f"a paired difference needs the same prompts on both sides: {len(a)} and {len(b)} ids, "
-            f"only in a: {only_a}, only in b: {only_b}. Evaluate both on the same split, or intersect them first"
-        )
-    return sorted(a)

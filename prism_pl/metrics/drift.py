@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from prism_pl.metrics.bootstrap import Interval
 from prism_pl.metrics.counting import (
     DEFAULT_RULE,
     Rule,
@@ -21,6 +22,7 @@ from prism_pl.metrics.counting import (
     describe_rule,
 )
 from prism_pl.metrics.drift_bootstrap import histogram_distance
+from prism_pl.metrics.pair_bootstrap import pair_interval
 
 
 class _HistogramDistance(Metric):
@@ -153,8 +155,48 @@ def energy_distance(first_NK: np.ndarray, second_MK: np.ndarray) -> float:
         raise ValueError(f"energy_distance needs samples of shape (N, K) and (M, K), N and M > 0, and got {shapes}")
     between = cdist(first_NK, second_MK).mean()
     within = cdist(first_NK, first_NK).mean() + cdist(second_MK, second_MK).mean()
+    return float(_distance(2 * between - within))
+
+
+def energy_interval(
+    first_NK: np.ndarray,
+    prompt_N: np.ndarray,
+    second_MK: np.ndarray,
+    prompt_M: np.ndarray,
+    num_resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval over prompts of the energy distance between two samples that answer the same prompts.
+
+    As `energy_distance`, but with means over pairs of different prompts alone, and each prompt counts once, however
+    many responses it has. Two samples of one distribution so have a squared distance of 0 on average, where the plain
+    one grows as samples shrink; what comes out below 0 is 0.
+
+    Args:
+        prompt_N, prompt_M: the number of each vector's prompt, 0 ... P - 1; each prompt has some on both sides.
+    """
+    from scipy.spatial.distance import cdist
+
+    means = [_mean_for_prompts(prompts, int(prompt_N.max()) + 1) for prompts in (prompt_N, prompt_M)]
+    samples = [first_NK, second_MK]
+
+    def distances_PP(one: int, other: int) -> np.ndarray:
+        return means[one] @ cdist(samples[one], samples[other]) @ means[other].T
+
+    gaps_PP = 2 * distances_PP(0, 1) - distances_PP(0, 0) - distances_PP(1, 1)
+    return pair_interval(gaps_PP, np.ones_like(gaps_PP), num_resamples, level, seed, transform=_distance)
+
+
+def _mean_for_prompts(prompt_N: np.ndarray, num_prompts: int) -> np.ndarray:
+    """(P, N): what a vector over responses is multiplied with to get its mean over each prompt's responses."""
+    of_prompt_PN = (np.arange(num_prompts)[:, None] == prompt_N).astype(np.float64)
+    return of_prompt_PN / of_prompt_PN.sum(1, keepdims=True)
+
+
+def _distance(squares: np.ndarray) -> np.ndarray:
     # Rounding can leave a tiny negative number where the samples are equal; NaN has to come through.
-    return float(np.sqrt(np.maximum(2 * between - within, 0.0)))
+    return np.sqrt(np.maximum(squares, 0.0))
 
 
 def _histogram_mean(counts: np.ndarray) -> float:

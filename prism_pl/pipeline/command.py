@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
     """Raises instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}. All options: python -m prism_pl pipeline --help")
+        raise UsageError(f"{message}. All options: {self.prog} --help")
 
 
 def run(args: list[str], runner: Runner | None = None) -> None:
@@ -67,7 +67,7 @@ def run(args: list[str], runner: Runner | None = None) -> None:
     """
     if "LOCAL_RANK" in os.environ:
         raise UsageError("The pipeline is started once, not by torchrun: its stages start their own processes.")
-    options, settings = _parse(args[1:])
+    options, settings = split_settings(_parser(), args[1:])
     command = "python -m prism_pl " + shlex.join(args)
     pipeline = load_pipeline(options.config, _overrides(options, settings))
     graph = build_graph(pipeline)
@@ -93,7 +93,7 @@ def run(args: list[str], runner: Runner | None = None) -> None:
     with locked(ledger.folder if ledger else folder) as lock:
         # Read under the lock: until now another pipeline may have written it.
         ledger = ledger or Ledger.read(folder) or Ledger.new(folder, command)
-        start.run(ledger, runner or ProcessRunner(lock))
+        start.run(ledger, runner or ProcessRunner(lock, pipeline.options.parallel))
 
 
 class Start:
@@ -163,8 +163,10 @@ class Start:
             return
         ledger.content["command"] = self.command
         runner.prepare([self.wanted[name].config for name, step in plan.items() if step.action != "skip"])
-        parallel = self.pipeline.options.parallel
-        Execution(self.graph, self.wanted, plan, ledger, runner, parallel, self.command).run()
+        options = self.pipeline.options
+        Execution(
+            self.graph, self.wanted, plan, ledger, runner, options.parallel, self.command, options.keep_going
+        ).run()
         reports = [ledger.path(e) / "report.md" for e in ledger.stages.values() if e["kind"] == "report"]
         print(f"\n{ledger.folder} is finished: {len(plan)} stages.", *(f"Report: {report}" for report in reports))
         print(f"TensorBoard: tensorboard --logdir {ledger.folder}")
@@ -203,8 +205,8 @@ def as_yaml(pipeline: Pipeline) -> str:
     return yaml.safe_dump(asdict(pipeline.options) | {"stages": stages}, sort_keys=False, width=120)
 
 
-def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str, str]]]:
-    """The options, and the stages' settings: (stage, key, value)."""
+def split_settings(parser: Parser, args: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str, str]]]:
+    """The options of a command line, and the stages' settings: (stage, key, value)."""
     settings, others, words = [], [], list(args)
     while words:
         word = words.pop(0)
@@ -220,11 +222,10 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str
             if value.startswith("--"):
                 raise UsageError(f"{word} needs a value, and {value} is an option. If it is meant: {word}={value}")
         settings.append((stage, key, value))
-    parser = _parser()
     options, unknown = parser.parse_known_args(others)
     if unknown:
         near = did_you_mean(unknown[0], parser._option_string_actions)
-        raise UsageError(f"There is no option {unknown[0]}.{near} All options: python -m prism_pl pipeline --help")
+        raise UsageError(f"There is no option {unknown[0]}.{near} All options: {parser.prog} --help")
     return options, settings
 
 

@@ -35,6 +35,7 @@ class Execution:
         runner: starts the commands.
         parallel: stages at once.
         command: what goes on with the pipeline, for messages.
+        keep_going: after a failure, run what does not depend on the stage that failed.
     """
 
     def __init__(
@@ -46,20 +47,21 @@ class Execution:
         runner: Runner,
         parallel: int,
         command: str,
+        keep_going: bool = False,
     ) -> None:
         self.graph, self.wanted, self.plan, self.ledger, self.runner = graph, wanted, plan, ledger, runner
-        self.parallel, self.command = parallel, command
+        self.parallel, self.command, self.keep_going = parallel, command, keep_going
         self.versions = versions()
         self.running: dict[str, tuple[Job, float]] = {}
         self.log_begins: dict[str, int] = {}  # where this attempt's part of the log begins, in bytes
-        self.failed: list[str] = []  # what failed, in sentences
+        self.failed: dict[str, str] = {}  # stage -> what is wrong with it, in a sentence
         self.interrupted = False
 
     def run(self) -> None:
         """Run every stage that the plan does not skip.
 
         Raises:
-            PipelineFailed: a stage failed; no further one was started.
+            PipelineFailed: a stage failed; no further one was started, or with `keep_going` none that depends on it.
             Stopped: Ctrl+C; the stages that ran have ended in order.
         """
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
@@ -142,16 +144,17 @@ class Execution:
         """Start what can start; whether anything did."""
         started = False
         for name, node in self.graph.items():
-            if self.interrupted or self.failed or len(self.running) >= self.parallel:
+            stop = self.failed and not self.keep_going
+            if self.interrupted or stop or len(self.running) >= self.parallel:
                 break
             stages = self.ledger.stages
-            waits = stages[name]["status"] == "finished" or name in self.running
+            waits = stages[name]["status"] == "finished" or name in self.running or name in self.failed
             if not waits and all(stages[parent]["status"] == "finished" for parent in node.parents):
                 try:
                     parents = self._read_of_parents(name)
                 except PipelineFailed as error:
-                    self.failed.append(str(error))
-                    break
+                    self.failed[name] = str(error)
+                    continue
                 self._start(name, parents)
                 started = True
         return started
@@ -230,7 +233,7 @@ class Execution:
         entry["seconds"] = round(sum(one["seconds"] or 0 for one in entry["attempts"]), 1)
         self.ledger.write()
         if status == "failed":
-            self.failed.append(self._failure(name, unwritten))
+            self.failed[name] = self._failure(name, unwritten)
         print(f"[{name}] {status} in {took(attempt['seconds'])}{_exit(code)}", flush=True)
 
     def _say_how_it_ended(self) -> None:
@@ -243,7 +246,9 @@ class Execution:
             names = [name for name, entry in self.ledger.stages.items() if entry["status"] == "interrupted"]
             where = f" in {', '.join(names)}" if names else ""
             raise Stopped(f"Stopped{where}. The same command goes on: {self.command}")
-        raise PipelineFailed(f"{' '.join(self.failed)} Mend it and go on with the same command: {self.command}")
+        raise PipelineFailed(
+            f"{' '.join(self.failed.values())} Mend it and go on with the same command: {self.command}"
+        )
 
     def _failure(self, name: str, unwritten: list[str]) -> str:
         entry = self.ledger.stages[name]

@@ -126,7 +126,7 @@ def _with_shared_filter(pipeline: Pipeline) -> dict[str, Stage]:
     }
 
 
-def _terms(value: Any) -> Iterator[tuple[str, str]]:
+def terms(value: Any) -> Iterator[tuple[str, str]]:
     """The (stage, what) of each reference in a value."""
     if isinstance(value, str):
         for match in IN_BRACES.finditer(value):
@@ -139,7 +139,7 @@ def _node(name: str, stage: Stage, stages: Mapping[str, Stage], pipeline: Pipeli
     parents: dict[str, tuple[str, ...]] = {}
     consulted: set[str] = set()
     for key, value in stage.set.items():
-        for other, what in _terms(value):
+        for other, what in terms(value):
             where = pipeline.sources.where("stages", name, "set", key)
             if other not in stages:
                 raise UsageError(

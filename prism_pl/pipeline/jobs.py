@@ -6,7 +6,6 @@ of this process. A process that may speak to a GPU cannot be forked; there each 
 
 import atexit
 import contextlib
-import ctypes
 import gc
 import importlib
 import io
@@ -20,6 +19,8 @@ import termios
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
+
+from prism_pl.parent import end_with_parent
 
 # Colours, cursor movements and titles that a terminal understands and a log should not hold.
 TERMINAL_CODE = re.compile(rb"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")
@@ -60,10 +61,13 @@ class ProcessRunner:
 
     Args:
         lock: file descriptor that the stages inherit; it keeps the run folder taken while one of them lives.
+        parallel: stages at once. Processes of their own then compute with their share of the cores each: with as many
+            threads as cores in every one of them, all would wait for each other.
     """
 
-    def __init__(self, lock: int | None = None) -> None:
+    def __init__(self, lock: int | None = None, parallel: int = 1) -> None:
         self.lock = lock
+        self.threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
         self._cli: Any = None
 
     def resolve(self, args: list[str]) -> dict[str, Any]:
@@ -98,7 +102,7 @@ class ProcessRunner:
                 process: Any = multiprocessing.get_context("fork").Process(target=_child, args=(args, writer))
                 process.start()
             else:
-                process = _python(args, writer, self.lock)
+                process = _python(args, writer, self.lock, self.threads)
         os.close(writer)
         return ProcessJob(process, reader, log.open("ab"), on_screen)
 
@@ -184,10 +188,8 @@ def _signals_wait() -> Iterator[None]:
 def _own_process() -> None:
     """Of a new process: a session of its own, an end with the pipeline's, and Python's own handling of signals."""
     os.setsid()
-    if sys.platform == "linux":
-        # A pipeline that is killed takes its stages along: the next start finds no second writer in their folders.
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    # A pipeline that is killed takes its stages along: the next start finds no second writer in their folders.
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -209,13 +211,15 @@ def _child(args: list[str], writer: int) -> None:
     sys.exit(main(args))
 
 
-def _python(args: list[str], writer: int, lock: int | None) -> "subprocess.Popen[bytes]":
-    """The same in a process that imports everything anew."""
+def _python(args: list[str], writer: int, lock: int | None, threads: int | None) -> "subprocess.Popen[bytes]":
+    """The same in a process that imports everything anew, with so many threads unless OMP_NUM_THREADS is set."""
+    environment = ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}) | os.environ
     return subprocess.Popen(
         [sys.executable, "-m", "prism_pl", *args],
         stdin=subprocess.DEVNULL,
         stdout=writer,
         stderr=writer,
+        env=environment,
         pass_fds=() if lock is None else (lock,),
         preexec_fn=_own_process,
     )

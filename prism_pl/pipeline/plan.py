@@ -15,6 +15,7 @@ from prism_pl.pipeline.schema import is_path_key
 Action = Literal["skip", "resume", "run", "rerun", "stop"]
 # Of a fit's folder, see `prism_pl.checkpoint_files`, which is too heavy to import here.
 LAST, PREVIOUS, NEXT = (f"checkpoints/{name}.ckpt" for name in ("last", "previous", "next"))
+PASSED_OVER = "checkpoints/passed-over.partial"
 PROGRESS = "progress.json"  # says that there has been one
 
 
@@ -206,8 +207,8 @@ def _how_it_goes_on(entry: Entry, ledger: Ledger) -> str:
 
 def checkpoint_in(folder: Path) -> Path | None:
     """What a fit goes on from, or None; as `LastCheckpoints.to_go_on_from` has it."""
-    last, previous, made = (folder / name for name in (LAST, PREVIOUS, NEXT))
-    if not last.exists() and previous.exists() and made.exists():
+    last, previous, made, passed_over = (folder / name for name in (LAST, PREVIOUS, NEXT, PASSED_OVER))
+    if not last.exists() and made.exists() and (previous.exists() or passed_over.exists()):
         return made  # killed between two renames
     return next((path for path in (last, previous) if path.exists()), None)
 

@@ -3,6 +3,7 @@
     run_folder: runs/demo                     # optional; default runs/<name of the first YAML>
     parallel: 1                               # stages at once
     shared_filter: false                      # true: the first predict stage's pass rates serve all
+    keep_going: false                         # true: after a failure, what does not depend on it still runs
     defaults:                                 # what the stages of one command have in common
       test: {config: evaluate.yaml, set: {model.num_samples: 4}}
     stages:
@@ -20,6 +21,7 @@ other YAML (`prism_pl.shipped`).
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -77,11 +79,13 @@ class Options:
         run_folder: where everything is written; None is `runs/<name of the first YAML>`.
         parallel: stages at once; the cores are shared among them.
         shared_filter: every reader of pass rates reads those of the first `predict` stage; the others are left out.
+        keep_going: after a failure, run what does not depend on the stage that failed.
     """
 
     run_folder: str | None = None
     parallel: int = 1
     shared_filter: bool = False
+    keep_going: bool = False
 
 
 @dataclass
@@ -128,7 +132,7 @@ def load_pipeline(files: Sequence[str], overrides: Mapping[str, Any]) -> Pipelin
     sources = Sources()
     for name in files:
         file = find_config(name)
-        sources.trees.append((file, _resolved(_read(file), file.parent)))
+        sources.trees.append((file, _resolved(read_yaml(file, "pipeline", "stages"), file.parent)))
     known = list(_mapping(sources.merged().get("stages"), sources, "stages"))
     for name in overrides.get("stages", {}):
         if name not in known:
@@ -143,23 +147,24 @@ def load_pipeline(files: Sequence[str], overrides: Mapping[str, Any]) -> Pipelin
             raise UsageError(
                 f"{sources.where('defaults', command)}: no such command.{near} Commands: {', '.join(COMMANDS)}."
             )
-    options = _checked(Options, merged, sources, (), known=[*Options.__dataclass_fields__, "stages", "defaults"])
+    options = checked(Options, merged, sources, (), known=[*Options.__dataclass_fields__, "stages", "defaults"])
     if options.parallel < 1:
         raise UsageError(f"{sources.where('parallel')} is {options.parallel}; give at least 1.")
-    common = {name: _checked(StageDefaults, tree, sources, ("defaults", name)) for name, tree in defaults.items()}
-    checked = {name: _stage(name, tree, common, sources) for name, tree in stages.items() if tree is not None}
-    if not checked:
+    common = {name: checked(StageDefaults, tree, sources, ("defaults", name)) for name, tree in defaults.items()}
+    made = {name: _stage(name, tree, common, sources) for name, tree in stages.items() if tree is not None}
+    if not made:
         raise UsageError(f"{sources.where('stages')}: there is no stage. Start from the shipped pipeline.yaml.")
-    return Pipeline(options, checked, sources)
+    return Pipeline(options, made, sources)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path, what: str, key: str) -> dict[str, Any]:
+    """A YAML's content; UsageError where it is no YAML, or no mapping and so no `what`, which needs `key`."""
     try:
         tree = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise UsageError(f"{shown(file)} is no YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"{shown(file)} holds no pipeline: it needs the key stages. See the shipped pipeline.yaml.")
+        raise UsageError(f"{shown(file)} holds no {what}: it needs the key {key}. See the shipped {what}.yaml.")
     return tree
 
 
@@ -167,7 +172,7 @@ def _stage(name: str, tree: Any, defaults: Mapping[str, StageDefaults], sources:
     where = sources.where("stages", name)
     if not STAGE_NAME.fullmatch(name) or name in TAKEN_NAMES:
         raise UsageError(f"{where}: a stage's name is its folder's too. Use letters, digits, - and _, not {name!r}.")
-    stage = _checked(Stage, tree, sources, ("stages", name))
+    stage = checked(Stage, tree, sources, ("stages", name))
     common = defaults.get(stage.command, StageDefaults())
     stage = Stage(stage.command, stage.config or common.config, common.set | stage.set)
     if not stage.config and stage.command != "report":
@@ -177,7 +182,7 @@ def _stage(name: str, tree: Any, defaults: Mapping[str, StageDefaults], sources:
     return stage
 
 
-def _checked(cls: Any, tree: Any, sources: Sources, keys: tuple[str, ...], known: Sequence[str] = ()) -> Any:
+def checked(cls: Any, tree: Any, sources: Sources, keys: tuple[str, ...], known: Sequence[str] = ()) -> Any:
     """An instance of a dataclass from a YAML tree; what jsonargparse says against it becomes one sentence."""
     from jsonargparse import ArgumentParser
 
@@ -223,14 +228,16 @@ def _resolved_stage(stage: Any, folder: Path) -> Any:
     stage = dict(stage)
     if stage.get("config") is not None:
         names = stage["config"] if isinstance(stage["config"], list) else [stage["config"]]
-        stage["config"] = [str(_find(str(name), folder)) for name in names]
+        stage["config"] = [str(find_beside(str(name), folder)) for name in names]
     if isinstance(stage.get("set"), dict):
         stage["set"] = {str(key): _resolved_setting(str(key), value, folder) for key, value in stage["set"].items()}
     return stage
 
 
-def _find(name: str, folder: Path) -> Path:
-    return (folder / name).absolute() if (folder / name).is_file() else find_config(name)
+def find_beside(name: str, folder: Path) -> Path:
+    """The file that a YAML in `folder` names: beside it, else as `--config` finds it."""
+    beside = Path(os.path.normpath(folder.absolute() / name))
+    return beside if beside.is_file() else find_config(name)
 
 
 def _resolved_setting(key: str, value: Any, folder: Path) -> Any:

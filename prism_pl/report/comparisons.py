@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable, Sequence
 
-from prism_pl.evaluation_tables import DISTANCES, prompt_counts, prompt_ratio
-from prism_pl.metrics.bootstrap import Interval, paired_ratio_difference
+from prism_pl.evaluation_tables import DISTANCES, NLL_RATIOS, prompt_counts, unit_ratios
+from prism_pl.metrics.bootstrap import Interval, paired_ratio_difference, same_ids
 from prism_pl.metrics.drift_bootstrap import paired_distance_difference
+from prism_pl.metrics.unit_scores import UNIT_SCORES
 from prism_pl.report.evaluations import Evaluation
 from prism_pl.report.runs import Run, evaluations_of, labels_of
 from prism_pl.report.tables import COLUMNS, NOT_AVAILABLE, Evaluations, cell, markdown_table, number
 
-# What pairs of checkpoints are compared by; for distances less is better.
+# What pairs of checkpoints are compared by; of distances and of negative log-likelihoods less is better.
 COMPARED = (
     "accuracy",
     "format",
@@ -20,6 +21,8 @@ COMPARED = (
     "caption_recall",
     "caption_exact",
     "step_correctness",
+    *UNIT_SCORES,
+    *NLL_RATIOS,
 )
 # What a difference's 95% interval has to be.
 WANTED: dict[str, Callable[[Interval], bool]] = {
@@ -44,6 +47,7 @@ def differences(
         ValueError: the two were not evaluated on the same prompts.
     """
     rows_a, rows_b = a.rows(split), b.rows(split)
+    same_ids({r["id"]: r for r in rows_a}, {r["id"]: r for r in rows_b})  # units alone would not tell
     found: dict[str, Interval] = {}
     for metric in metrics:
         base, _, kind = metric.partition("/")
@@ -54,7 +58,7 @@ def differences(
                 supervision = prompt_counts(rows_a, base, "supervision")
                 found[metric] = paired_distance_difference(of_a, of_b, supervision, num_resamples, seed=seed)
         elif base in a.table(split) or f"{base}/policy" in a.table(split):
-            ratios_a, ratios_b = ({r["id"]: prompt_ratio(r, base) for r in rows} for rows in (rows_a, rows_b))
+            ratios_a, ratios_b = unit_ratios(rows_a, base), unit_ratios(rows_b, base)
             found[metric] = paired_ratio_difference(ratios_a, ratios_b, num_resamples, seed=seed)
     return found
 
@@ -70,20 +74,23 @@ def differences_table(
         if any(metric in of_pair for of_pair in found)
     ]
     counts = sorted({interval.n for of_pair in found for interval in of_pair.values()})
+    in_units = any("unit" in record for evaluation in evaluations.values() for record in evaluation.rows(split))
+    what = "units" if in_units else "prompts"
     note = (
-        f"Paired bootstrap over {' or '.join(map(str, counts))} prompts of {split}: {num_resamples} resamples, seed "
-        f"{seed}; shares from 0 to 1, distances in items and steps. A star: the 95% interval excludes 0."
+        f"Paired bootstrap over {' or '.join(map(str, counts))} {what} of {split}: {num_resamples} resamples, seed "
+        f"{seed}; shares from 0 to 1, distances in items and steps, likelihoods in nats a token. A star: the 95% "
+        "interval excludes 0."
     )
     return [*markdown_table(["difference", *(f"{a} - {b}" for a, b in pairs)], rows), "", note]
 
 
-def shown_difference(interval: Interval | None) -> str:
+def shown_difference(interval: Interval | None, digits: int = 3) -> str:
     """`+0.078 [+0.046, +0.109] *`; empty where there is none, n/a where nothing was counted."""
     if interval is None:
         return ""
     if math.isnan(interval.mean):
         return NOT_AVAILABLE
-    mean, low, high = (number(value, 3, sign=True) for value in interval[:3])
+    mean, low, high = (number(value, digits, sign=True) for value in interval[:3])
     return f"{mean} [{low}, {high}]{' *' if interval.excludes_zero() else ''}"
 
 

@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prism_pl.report.benchmarks import benchmarks
 from prism_pl.report.comparisons import Pair, differences_table, named_pairs, side_by_side
 from prism_pl.report.cost import cost
 from prism_pl.report.difficulty import difficulty
+from prism_pl.report.drift import drift
 from prism_pl.report.evaluation_figures import accuracy_figure, structure_figure, truth_figure
 from prism_pl.report.figures import Figures
 from prism_pl.report.health import health
-from prism_pl.report.runs import Run, default_pairs, evaluations_of, labels_of
+from prism_pl.report.runs import Run, default_pairs, evaluations_of, labels_of, unevaluated
 from prism_pl.report.samples import samples
 from prism_pl.report.tables import Evaluations, families_table, metrics_table, results_table
 from prism_pl.report.training import curves, reward_gap, what_acted
@@ -63,6 +65,8 @@ def make_report(runs: Sequence[Run], options: Options, page: Path, made_by: str)
     pairs = _pairs(runs, options.pairs)
     title = " and ".join(run.name for run in runs)
     lines = [f"# Report: {title}", "", *_opening(runs), ""]
+    if averaged := benchmarks(evaluations, pairs, options.num_resamples, options.seed):
+        lines += ["## Benchmarks", "", *averaged, ""]
     for split in splits:
         lines += _results(figures, runs, split, pairs, options, drawn=split == splits[0])
     if not splits:
@@ -97,7 +101,10 @@ def _opening(runs: Sequence[Run]) -> list[str]:
     lines = ["Made only from what the runs wrote: evaluations, TensorBoard events, configurations, the ledger."]
     for run in runs:
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in run.stages) or "none"
-        lines += ["", f"* **{run.name}**: stages {stages}; checkpoints {', '.join(run.evaluations) or 'none'}."]
+        evaluated = f"checkpoints {', '.join(run.evaluations)}" if run.evaluations else "no checkpoint was evaluated"
+        lines += ["", f"* **{run.name}**: stages {stages}; {evaluated}."]
+        if unseen := ", ".join(unevaluated(run)):
+            lines.append(f"  Not evaluated: {unseen} (`python -m prism_pl test --model.policy.path` FOLDER).")
         for name, entry in run.ledger.get("stages", {}).items():
             # The report's own entry is running, or was when it was made.
             if entry.get("status") not in ("finished", None) and entry.get("kind") != "report":
@@ -132,6 +139,8 @@ def _results(
         "W1: Wasserstein-1 distance to the supervision in items, steps, tokens; 95% intervals over prompts.",
         "",
     ]
+    why = "Left out: the drift meter was off (`drift` of the evaluation's YAML)."
+    lines += ["### Drift from the supervision", "", *(drift(figures, runs, evaluations, split, drawn) or [why]), ""]
     lines += ["### Faithfulness", "", *(truth_figure(figures, runs, split) if drawn else [])]
     why = "Left out: the scenes behind these prompts are not known."
     return [*lines, *(metrics_table(evaluations, split, FAITHFULNESS) or [why]), ""]

@@ -1,6 +1,7 @@
 """Figures of evaluations: accuracy by family, structure over the supervision's, truth of captions and steps."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prism_pl.evaluation import PromptRecord, Side
@@ -52,9 +53,9 @@ def accuracy_figure(figures: Figures, runs: Sequence[Run], split: str) -> list[s
     return figures.save(figure, f"accuracy-{split}", f"Accuracy by question family, {split} prompts")
 
 
-def _interval(axis: Any, entry: Mapping[str, Any], y: float, colour: str, marker: str = "o") -> Any:
-    """A share in percent with its interval, lying at height y."""
-    mean, low, high = (entry[key] * 100 for key in ("mean", "low", "high"))
+def _interval(axis: Any, entry: Mapping[str, Any], y: float, colour: str, marker: str = "o", factor: int = 100) -> Any:
+    """A number with its interval, lying at height y; a share is shown in percent."""
+    mean, low, high = (entry[key] * factor for key in ("mean", "low", "high"))
     if low == low:
         axis.plot([low, high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt", alpha=0.75)
     return axis.plot([mean], [y], marker, color=colour, markersize=4.5)[0]
@@ -138,33 +139,63 @@ def _dress(axis: Any, limit: int, texts: Sequence[str]) -> None:
     axis.text(0.99, 0.98, text, transform=axis.transAxes, ha="right", va="top", fontsize=8.5, bbox=box)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A number's part of a figure: its title, what the axis is in, a factor, and a value to mark."""
+
+    title: str
+    unit: str
+    factor: int = 1
+    reference: float | None = None
+
+
 def truth_figure(figures: Figures, runs: Sequence[Run], split: str) -> list[str]:
-    """Truth of captions and steps of every checkpoint, a panel a number, a colour a run where there are several.
-    Nothing where scenes are not known."""
+    """Truth of captions and steps of every checkpoint. Nothing where scenes are not known."""
+    panels = {f"{metric}/policy": Panel(title, "%", 100) for metric, title in TRUTH.items()}
+    caption = f"Truth of captions and steps, {split} prompts, 95% intervals; n/a: no valid response"
+    return interval_panels(figures, runs, split, panels, f"truth-{split}", caption, columns=len(panels))
+
+
+def interval_panels(
+    figures: Figures,
+    runs: Sequence[Run],
+    split: str,
+    panels: Mapping[str, Panel],
+    name: str,
+    caption: str,
+    columns: int = 3,
+) -> list[str]:
+    """Numbers of every checkpoint with their intervals, a panel each, `columns` in a row, a colour a run where there
+    are several. Nothing where no checkpoint has any of them."""
     evaluated = [(run, n, e) for run in runs for n, e in run.evaluations.items() if split in e.tables]
     tables: dict[tuple[str, str], Table] = {(run.name, n): e.tables[split][ALL_FAMILIES] for run, n, e in evaluated}
-    metrics = [m for m in TRUTH if any(f"{m}/policy" in table for table in tables.values())]
+    panels = {m: panel for m, panel in panels.items() if any(m in table for table in tables.values())}
     names = list(dict.fromkeys(name for _, name in tables))
-    if not metrics:
+    if not panels:
         return []
-    figure, axes = figures.grid(1, len(metrics), 0.9 + len(names) * (0.18 + 0.1 * len(runs)))
+    columns = min(columns, len(panels))
+    height = 0.9 + len(names) * (0.18 + 0.1 * len(runs))
+    figure, axes = figures.grid(-(-len(panels) // columns), columns, height)
     handles: dict[str, Any] = {}
-    for axis, metric in zip(axes[0], metrics, strict=True):
+    for axis, (metric, panel) in zip(axes.flat, panels.items(), strict=False):
         for r, run in enumerate(runs):
-            for n, name in enumerate(names):
+            for n, checkpoint in enumerate(names):
                 y = n + (r - (len(runs) - 1) / 2) * 0.6 / len(runs)
-                entry = tables.get((run.name, name), {}).get(f"{metric}/policy")
+                entry = tables.get((run.name, checkpoint), {}).get(metric)
                 if entry is not None and entry["mean"] == entry["mean"]:
-                    colour = figures.colour(name) if len(runs) == 1 else figures.run_colour(run)
-                    handles[run.name] = _interval(axis, entry, y, colour, figures.marker(run))
-        axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [""] * len(names))
+                    colour = figures.colour(checkpoint) if len(runs) == 1 else figures.run_colour(run)
+                    handles[run.name] = _interval(axis, entry, y, colour, figures.marker(run), panel.factor)
+        axis.set_yticks(range(len(names)), names if axis in axes[:, 0] else [""] * len(names))
         axis.set_ylim(len(names) - 0.4, -0.6)
-        axis.set_title(TRUTH[metric])
-        axis.set_xlabel("%")
-        _mark_missing(axis, [n for n, name in enumerate(names) if not _known(tables, name, f"{metric}/policy")])
+        axis.set_title(panel.title)
+        axis.set_xlabel(panel.unit)
+        if panel.reference is not None:
+            axis.axvline(panel.reference, color=QUIET, linewidth=1)
+        _mark_missing(axis, [n for n, checkpoint in enumerate(names) if not _known(tables, checkpoint, metric)])
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     legend(figure, handles if len(runs) > 1 else {})
-    caption = f"Truth of captions and steps, {split} prompts, 95% intervals; n/a: no valid response"
-    return figures.save(figure, f"truth-{split}", caption)
+    return figures.save(figure, name, caption)
 
 
 def _known(tables: Mapping[tuple[str, str], Table], name: str, metric: str) -> bool:

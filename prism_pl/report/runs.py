@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from prism_pl.errors import UsageError
+from prism_pl.errors import UsageError, did_you_mean
 from prism_pl.evaluation import IMAGES
 from prism_pl.pass_rates import PASS_RATES
 from prism_pl.report.evaluations import FILE_NAME, Evaluation, read_evaluation
@@ -96,10 +96,17 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _folder_of(path: Path) -> Path:
     if not path.exists():
-        raise UsageError(f"report {path}: there is no such folder. Give the folder of a run, such as runs/demo.")
+        raise UsageError(f"report {path}: there is no such folder.{_beside(path)}")
     if path.is_file() and path.name != FILE_NAME:
         raise UsageError(f"report {path}: this is a file. Give the folder of a run, such as {path.parent}.")
     return (path.parent if path.is_file() else path).resolve()
+
+
+def _beside(path: Path) -> str:
+    """The nearest of the folders beside what is no run, or all of them."""
+    folders = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    others = [one.name for one in folders if one.is_dir() and one != path and not one.name.startswith(".")]
+    return did_you_mean(path.name, others) or (f" Beside it: {', '.join(others[:8])}." if others else "")
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -132,7 +139,7 @@ def _read_run(folder: Path, name: str) -> Run:
     if not (run.stages or found or run.filters or entries):
         raise UsageError(
             f"report {folder}: this is no run. It holds no evaluation.json, no pass_rates.jsonl, no ledger.json and no "
-            "TensorBoard events of a stage. Give the folder that holds the stages' folders, such as runs/demo."
+            f"TensorBoard events of a stage. Give the folder that holds the stages' folders.{_beside(folder)}"
         )
     if not entries:
         run.stages.sort(key=lambda stage: min(curve.times[0] for curve in stage.curves.values()))
@@ -197,6 +204,15 @@ def parent_of(evaluation: Evaluation, run: Run) -> str | None:
     start = str(stage.settings.get("policy", {}).get("path", "")) if stage else ""
     names = [n for n, e in run.evaluations.items() if same_place(start, str(e.settings["policy"]))]
     return names[0] if names else None
+
+
+def unevaluated(run: Run) -> list[str]:
+    """The policies that stages exported and no evaluation is of, as `sft/export`."""
+    seen = [str(evaluation.settings["policy"]) for evaluation in run.evaluations.values()]
+    exports = {f"{stage.name}/export": stage.folder / "export" for stage in run.stages if stage.kind != "warmup"}
+    return [
+        name for name, path in exports.items() if path.is_dir() and not any(same_place(str(path), one) for one in seen)
+    ]
 
 
 def _stage_of(evaluation: Evaluation, stages: Sequence[Stage]) -> Stage | None:

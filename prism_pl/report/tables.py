@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from prism_pl.evaluation_tables import ALL_FAMILIES, Table
+from prism_pl.metrics.unit_scores import UNIT_SCORES
 from prism_pl.report.evaluations import Evaluation
 
 # Checkpoint's label -> its evaluation, in the order of the tables.
@@ -14,6 +15,9 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "accuracy": ("accuracy", 100),
     "lenient": ("lenient_accuracy", 100),
     "format": ("format", 100),
+    **{score: (score, 100) for score in UNIT_SCORES},
+    "judge +": ("judge_to_right", 100),
+    "judge -": ("judge_to_wrong", 100),
     "items W1": ("descriptive_items/distance", 1),
     "steps W1": ("reasoning_steps/distance", 1),
     "caption precision": ("caption_precision/policy", 100),
@@ -22,7 +26,7 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "steps right": ("step_correctness/policy", 100),
     "length": ("response_length/policy", 1),
 }
-WITH_INTERVAL = ("accuracy", "items W1", "steps W1")
+WITH_INTERVAL = ("accuracy", *UNIT_SCORES, "items W1", "steps W1")
 NOT_AVAILABLE = "n/a"
 
 

@@ -82,11 +82,7 @@ class AccuracyFormatReward:
         if len(responses) != len(examples):
             raise ValueError(f"{len(responses)} responses for {len(examples)} examples: give each response its example")
         for example in examples:
-            if not any(answer.strip() for answer in example.answers):
-                raise ValueError(
-                    f"example {example.id!r} has no answer, so its responses cannot be rewarded: "
-                    "fill the answers column of this row, or leave the row out of the prompts"
-                )
+            check_answers(example)
         scores = [self._score(response, example) for response, example in zip(responses, examples, strict=True)]
         accuracy_B = torch.tensor([right for right, _ in scores], dtype=torch.float32)
         format_B = torch.tensor([valid for _, valid in scores], dtype=torch.float32)
@@ -99,5 +95,19 @@ class AccuracyFormatReward:
         if not parsed.valid and self.strict:
             return 0.0, 0.0
         answer = parsed.answer if parsed.valid else lenient_answer(response)
-        right = any(accuracy(answer, truth) == 1.0 for truth in example.answers if truth.strip())
-        return float(right), float(parsed.valid)
+        return float(is_right(answer, example)), float(parsed.valid)
+
+
+def check_answers(example: Example) -> None:
+    """ValueError for an example without an answer, naming it."""
+    if not any(answer.strip() for answer in example.answers):
+        raise ValueError(
+            f"example {example.id!r} has no answer, so its responses cannot be rewarded: "
+            "fill the answers column of this row, or leave the row out of the prompts"
+        )
+
+
+def is_right(answer: str, example: Example) -> bool:
+    """Whether an answer, the inside of its block, equals any of the example's. ValueError where it has none."""
+    check_answers(example)
+    return any(accuracy(answer, truth) == 1.0 for truth in example.answers if truth.strip())

@@ -61,6 +61,20 @@ def accuracy(answer: str, truth: str) -> float:
     return float(bool(cleaned) and _equal(cleaned, clean(truth)))
 
 
+def same_when_rounded(answer: str, truth: str, decimals: int) -> bool:
+    """Whether two answers are values that agree once both are rounded: `12.57` and `4\\pi`, to 2 decimals. A unit
+    may be left out on one side; two different ones are not converted, and a text that is no value equals nothing."""
+    (value, unit, _), (true_value, true_unit, _) = split_quantity(clean(answer)), split_quantity(clean(truth))
+    if unit is not None and true_unit is not None and unit != true_unit:
+        return False
+    a, b = number(value), number(true_value)
+    if a is not None and b is not None:
+        return round(a, decimals) == round(b, decimals)
+    if not (value and _is_maths(value) and _is_maths(true_value)) or _is_huge(value) or _is_huge(true_value):
+        return False
+    return symbolically_equal(value, true_value, decimals)
+
+
 def _equal(answer: str, truth: str) -> bool:
     """The rules, in order, on cleaned texts. Each of them returns None when it cannot read both."""
     if answer == truth:

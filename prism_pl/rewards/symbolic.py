@@ -35,10 +35,10 @@ class Worker:
         self.lock = threading.Lock()
         self.ask = lru_cache(maxsize=8192)(self._ask)  # rollouts of one prompt repeat their answers
 
-    def equal(self, answer: str, truth: str) -> bool:
+    def equal(self, answer: str, truth: str, decimals: int | None = None) -> bool:
         """Whether two LaTeX expressions are equal; False, counted and logged, when the limit was hit."""
         with self.lock:
-            verdict = self.ask(answer, truth)
+            verdict = self.ask(answer, truth, decimals)
             self.timeouts += verdict is None
         if verdict is None:
             logger.warning(
@@ -54,12 +54,12 @@ class Worker:
             process.kill()
             process.communicate()
 
-    def _ask(self, answer: str, truth: str) -> bool | None:
+    def _ask(self, answer: str, truth: str, decimals: int | None) -> bool | None:
         """The verdict, or None for a timeout, after which the worker is gone."""
         process = self.process if self.process is not None and self.process.poll() is None else self._start()
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps({"answer": answer, "truth": truth}).encode() + b"\n")
+            process.stdin.write(json.dumps({"answer": answer, "truth": truth, "decimals": decimals}).encode() + b"\n")
             process.stdin.flush()
             line = _read_line(process, self.wall_seconds)
         except BaseException:
@@ -113,9 +113,13 @@ os.register_at_fork(after_in_child=_forget_worker)
 atexit.register(lambda: _worker.close())
 
 
-def symbolically_equal(answer: str, truth: str) -> bool:
-    """Whether two cleaned LaTeX expressions are equal, by math-verify. Blocks for at most a few seconds."""
-    return _worker.equal(answer, truth)
+def symbolically_equal(answer: str, truth: str, decimals: int | None = None) -> bool:
+    """Whether two cleaned LaTeX expressions are equal, by math-verify. Blocks for at most a few seconds.
+
+    Args:
+        decimals: to which numeric values are rounded before they are compared; None is math-verify's own six.
+    """
+    return _worker.equal(answer, truth, decimals)
 
 
 def timeouts() -> int:

@@ -17,7 +17,10 @@ from collections.abc import Callable
 MEMORY_BYTES = 4 << 30
 
 
-def _comparer() -> Callable[[str, str], bool]:
+Comparer = Callable[[str, str, int | None], bool]
+
+
+def _comparer() -> Comparer:
     """math-verify on text that is LaTeX as a whole: its search for a number inside prose finds `2` in `2\\sqrt{3}`."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -31,19 +34,20 @@ def _comparer() -> Callable[[str, str], bool]:
         # Its own timeouts are off: an alarm that Python handles comes too late, the kernel's limit does not.
         return parse(f"${text}$", latex, fallback_mode="no_fallback", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
-    def equal(answer: str, truth: str) -> bool:
+    def equal(answer: str, truth: str, decimals: int | None) -> bool:
         gold, target = read(truth), read(answer)
         if not gold or not target:
             return False
+        rounding = {} if decimals is None else {"float_rounding": decimals}
         # An inequality may answer an interval and the other way round.
-        return verify(gold, target, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
+        return verify(gold, target, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True, **rounding)
 
     return equal
 
 
-def _verdict(equal: Callable[[str, str], bool], answer: str, truth: str) -> dict[str, bool | str]:
+def _verdict(equal: Comparer, answer: str, truth: str, decimals: int | None) -> dict[str, bool | str]:
     try:
-        return {"equal": equal(answer, truth)}
+        return {"equal": equal(answer, truth, decimals)}
     except MemoryError:
         return {"equal": False, "error": "out of memory"}
     except Exception as error:  # sympy raises nearly anything on expressions it cannot compare; the parent logs it
@@ -65,7 +69,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-        verdict = _verdict(equal, request["answer"], request["truth"])
+        verdict = _verdict(equal, request["answer"], request["truth"], request["decimals"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(verdict), file=replies, flush=True)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prism_pl.strategy.sharding import whole_numel
+
 Named = tuple[str, Tensor]
 
 _WORD = 8  # bytes that a checksum takes at once
@@ -68,11 +70,11 @@ def cut(named: Iterable[Named], max_numel: int) -> Iterator[list[Named]]:
     part: list[Named] = []
     size = 0
     for name, tensor in named:
-        if part and size + _numel(tensor) > max_numel:
+        if part and size + whole_numel(tensor) > max_numel:
             yield part
             part, size = [], 0
         part.append((name, tensor))
-        size += _numel(tensor)
+        size += whole_numel(tensor)
     if part:
         yield part
 
@@ -80,8 +82,3 @@ def cut(named: Iterable[Named], max_numel: int) -> Iterator[list[Named]]:
 def _room(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     words = _WORD // dtype.itemsize
     return -(-math.prod(shape) // words) * words
-
-
-def _numel(tensor: Tensor) -> int:
-    """Also of a tensor that ZeRO-3 has sharded away: DeepSpeed notes its whole size."""
-    return getattr(tensor, "ds_numel", tensor.numel())

@@ -1,6 +1,6 @@
 """The ranks of a run beside each other: engines must not draw the same rollouts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,9 @@ import torch
 from prism_pl.rollout.contract import check_rank_draws, check_rank_seeds, draw_prints
 from prism_pl.rollout.draws import Draws
 from prism_pl.rollout.engine import Rollout, Sampling
-from prism_pl.strategy import world_size
+from prism_pl.strategy.ranks import gathered_values, global_max, global_min, on_first_rank, world_size
+
+__all__ = ["RankCheck", "TensorGroup", "check_same_number", "on_first_rank"]
 
 
 class RankCheck:
@@ -23,7 +25,7 @@ class RankCheck:
         self.prints: list[tuple[int, float]] = []
         self.repeated = 0.0
         self.groups = [rank // size for rank in range(world_size())]
-        check_rank_seeds(gathered((draws.seed, draws.rank)), self.groups)
+        check_rank_seeds(gathered_values((draws.seed, draws.rank)), self.groups)
 
     def remember(self, rollouts: Sequence[Rollout], sampling: Sampling) -> None:
         """Keep what the engine drew. A seeded call is asked for by its seed, and a greedy one draws nothing."""
@@ -33,43 +35,22 @@ class RankCheck:
     def check_draws(self) -> None:
         """ValueError where two engines drew the same."""
         if len(self.groups) > 1:
-            self.repeated = check_rank_draws(gathered(self.prints), self.groups)
+            self.repeated = check_rank_draws(gathered_values(self.prints), self.groups)
 
     def metrics(self) -> dict[str, float]:
         """The share of the last draws that stood on another engine too."""
         return {"rollout/repeated_draws": self.repeated} if len(self.groups) > 1 else {}
 
 
-def on_first_rank(act: Callable[[], Any]) -> Any:
-    """Act on the first rank alone, once all have come here and while they wait for it.
-
-    Returns:
-        A plain value of `act`, on every rank. What stops the first is an error on all of them.
-    """
-    if not torch.distributed.is_initialized():
-        return act()
-    gathered(None)
-    value, error = None, None
-    if torch.distributed.get_rank() == 0:
-        try:
-            value = act()
-        except Exception as raised:
-            error = raised
-    value, reason = gathered((value, None if error is None else f"{type(error).__name__}: {error}"))[0]
-    if error is not None:
-        raise error
-    if reason is not None:
-        raise RuntimeError(f"the first process of the run stopped: {reason}")
-    return value
-
-
-def gathered(value: Any) -> list[Any]:
-    """A plain value of every rank, in order; of this one alone where nothing is distributed."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
+def check_same_number(num_rows: int, device: torch.device) -> None:
+    """ValueError where ranks are asked for different numbers of rollouts. A policy sharded over them decodes for all at
+    once, and would wait forever."""
+    number = torch.tensor(num_rows, device=device)
+    if int(global_max(number)) != int(global_min(number)):
+        raise ValueError(
+            f"one rank is asked for {num_rows} rollouts, another for a different number: at ZeRO-3 this engine needs "
+            "as many on each. Set the policy's stage to 2, or take another engine"
+        )
 
 
 class TensorGroup:

@@ -13,12 +13,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prism_pl.batch import Example
 from prism_pl.optim import check_finite
+from prism_pl.policy import no_image
 from prism_pl.processor import Processor, Prompt
 from prism_pl.rollout.draws import Draws
 from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 from prism_pl.rollout.inference import inference
 from prism_pl.rollout.probe import Probe
-from prism_pl.rollout.ranks import RankCheck
+from prism_pl.rollout.ranks import RankCheck, check_same_number
+from prism_pl.strategy import inside, is_sharded
 
 
 class TransformersEngine:
@@ -61,6 +63,8 @@ class TransformersEngine:
         prompts = [self.processor.prompt(example) for example in examples]
         # Neighbours of like length share a batch: less padding. Rows of a prompt stay together.
         order = sorted(range(len(prompts) * num_samples), key=lambda b: len(prompts[b // num_samples].ids))
+        if is_sharded(self.policy):
+            check_same_number(len(order), self.policy.device)
         rollouts: dict[int, Rollout] = {}
         device = self.policy.get_input_embeddings().weight.device
         with inference(self.policy), self.draws.seeded(sampling, device):
@@ -83,7 +87,7 @@ class TransformersEngine:
         device = self.policy.get_input_embeddings().weight.device
         row_of = torch.tensor(prompt_of, device=device)
         ids_PS, mask_PS, positions_3PS = left_padded(distinct, self.processor.pad_id, device)
-        cache = _prefill(self.policy.model, distinct, ids_PS, mask_PS, positions_3PS)
+        cache = inside(self.policy, lambda: _prefill(self.policy.model, distinct, ids_PS, mask_PS, positions_3PS))
         cache.batch_select_indices(row_of)
         stop_ids = [self.processor.eos_id, self.processor.pad_id]
         warpers = _warpers(sampling, self.processor.banned_ids, device)
@@ -104,6 +108,8 @@ class TransformersEngine:
                 pad_token_id=self.processor.pad_id,
             ),
             logits_processor=[*warpers, recorder],
+            # Each token gathers the weights from all ranks, so all decode as long as the longest.
+            synced_gpus=is_sharded(self.policy),
         )
         responses = ids_BS[:, ids_PS.shape[1] :].tolist()
         logps = recorder.finish(ids_BS).tolist()
@@ -175,7 +181,9 @@ def _prefill(model: Any, prompts: Sequence[Prompt], ids_PS: Tensor, mask_PS: Ten
     ids_PS = ids_PS[:, :-1]
     embeds = model.get_input_embeddings()(ids_PS)
     visual_PS, deepstack = None, None
-    if any(len(prompt.grids_I3) for prompt in prompts):
+    if not any(len(prompt.grids_I3) for prompt in prompts):
+        embeds = embeds + no_image(model).to(embeds.dtype) if is_sharded(model) else embeds
+    else:
         pixel_values_NC = torch.cat([prompt.pixel_values_NC for prompt in prompts]).to(ids_PS.device)
         grids_I3 = torch.cat([prompt.grids_I3 for prompt in prompts]).to(ids_PS.device)
         # The tower itself: what `get_image_features` makes of its deepstack features changes between versions.

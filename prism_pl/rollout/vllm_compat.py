@@ -226,6 +226,8 @@ def leave_process_groups(torchs_own: bool) -> None:
     """
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
+    if not torch.distributed.is_initialized():
+        return  # the trainer took its own down first, and vLLM's with them
     destroy_model_parallel()
     if torchs_own:
         destroy_distributed_environment()

@@ -7,7 +7,7 @@ that is checked in the loop, see `prism_pl.rollout.contract`.
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from prism_pl.batch import Example
 from prism_pl.errors import EngineStopped
+from prism_pl.images import open_image
 from prism_pl.lora import whole_parameters
 from prism_pl.optim import check_finite
-from prism_pl.processor import Processor, open_image
+from prism_pl.processor import Processor
 from prism_pl.rollout import vllm_compat
 from prism_pl.rollout.contract import check_prompt_ids
 from prism_pl.rollout.draws import Draws
@@ -227,19 +228,24 @@ class VLLMEngine:
     def _load(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         llm = self._llm
         if self.asleep:
-            llm.wake_up(tags=["weights"])
+            self._wake("weights")
         try:
             self.sender.send(llm, named_parameters, self.on_cpu)
         except Exception as error:
             self.dead = f"a weight sync broke off and left it between two policies ({error})"
             raise
         if self.asleep:
-            llm.wake_up(tags=["kv_cache"])
+            self._wake("kv_cache")
             self.asleep = False
             self._note_memory("awake")
         self.stale = False
         self._forget_prompts()
         self._forget_images()
+
+    def _wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        # vLLM takes this memory from the device, and training's freed blocks lie in torch's cache.
+        torch.cuda.empty_cache()
+        self._llm.wake_up(tags=[part])
 
     def _forget_prompts(self) -> None:
         """Keys, values and image features of earlier prompts."""

@@ -34,7 +34,7 @@ from prism_pl.rollout.vllm_server_sync import (
     forget_prompts,
 )
 from prism_pl.rollout.vllm_sync import shapes_to_send
-from prism_pl.strategy import world_size
+from prism_pl.strategy import is_sharded, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,12 @@ class VLLMServerEngine:
         """Meet the server: ValueError where it serves another model, or lacks an option; ConnectionError where it is
         not there. Its weights come with the first `generate`."""
         self.close()
+        if is_sharded(policy):
+            # The first rank alone sends, and sharded weights are made whole by all ranks together.
+            raise ValueError(
+                "ZeRO-3 with the engine of a vLLM server is not supported: set the policy's stage to 2 "
+                "(trainer.strategy.init_args.engines), or take VLLMEngine"
+            )
         self.policy, self.processor = policy, processor
         self.draws = Draws(rank)
         self.ranks = RankCheck(self.draws)

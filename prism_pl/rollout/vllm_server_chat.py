@@ -1,16 +1,12 @@
 """Between examples and a vLLM server's chat requests, and between its answers and rollouts."""
 
-import base64
-import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prism_pl.batch import Example
-from prism_pl.processor import Processor, chat_messages, open_image
+from prism_pl.images import image_part, open_image
+from prism_pl.processor import Processor, chat_messages
 from prism_pl.rollout.contract import check_prompt_ids
 from prism_pl.rollout.engine import Rollout, Sampling
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # The most that the server takes: banned ids are then e^-100 as likely, which is 0 beside any other in float32.
 _BAN = -100.0
@@ -29,7 +25,7 @@ def chat_request(
     ids = processor.prompt_ids(processor.prompt_text(example), images)
     request = {
         "model": model,
-        "messages": chat_messages(example, [_image_part(processor.resized(image)) for image in images]),
+        "messages": chat_messages(example, [image_part(processor.resized(image)) for image in images]),
         "n": num_samples,
         "seed": seed,
         "temperature": sampling.temperature,
@@ -75,11 +71,3 @@ def _rollout(choice: dict[str, Any], prompt_ids: list[int], processor: Processor
     if banned := sorted(set(ids) & set(processor.banned_ids)):
         raise ValueError(f"rollout contract: the server's response to example {row!r} holds the banned ids {banned}")
     return Rollout(prompt_ids, ids, logps, processor.decode(ids), reason)
-
-
-def _image_part(image: "Image") -> dict[str, Any]:
-    """An image as the server reads it: PNG, which keeps every pixel as it is."""
-    file = io.BytesIO()
-    image.save(file, format="PNG", compress_level=1)
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}

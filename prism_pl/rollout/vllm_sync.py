@@ -1,7 +1,7 @@
 """The policy's weights into a live engine of the same process: in bounded buckets, checked at both ends."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from prism_pl.lora import whole_parameters
 from prism_pl.rollout import vllm_compat
 from prism_pl.rollout.bucket import Bucket, Named, cut
 from prism_pl.rollout.contract import StreamDigest, check_complete, check_loaded, check_name, check_received
+from prism_pl.strategy.sharding import gathered, whole_shape
 
 Gather = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
 
@@ -21,14 +22,15 @@ def packed(
     dtype: torch.dtype,
     max_bytes: int,
     sent: StreamDigest,
-    gather: Gather = lambda _: nullcontext(),
+    gather: Gather = gathered,
 ) -> Iterator[Bucket]:
     """The named tensors as buckets of the engine's dtype, one at a time.
 
     Args:
         max_bytes: of a bucket, as it is sent.
         sent: adds up what leaves.
-        gather: makes the tensors of a bucket whole for as long as its context lasts, where they are sharded.
+        gather: makes the tensors of a bucket whole for as long as its context lasts, where they are sharded. Every rank
+            has the same buckets, in the same order.
     """
     for part in cut(named, max_bytes // dtype.itemsize):
         with gather([tensor for _, tensor in part]):
@@ -47,7 +49,7 @@ def unpacked(buckets: Iterable[Bucket], received: StreamDigest) -> Iterator[Name
 
 def shapes_to_send(policy: Any) -> dict[str, tuple[int, ...]]:
     """Shapes by name, as every sync must send them. ValueError where vLLM would not take them for what they are."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in whole_parameters(policy)}
+    shapes = {name: whole_shape(parameter) for name, parameter in whole_parameters(policy)}
     if policy.config.tie_word_embeddings and "lm_head.weight" in shapes:
         raise ValueError(
             "the policy's config says tie_word_embeddings, but its lm_head has weights of its own: vLLM would take "
@@ -61,7 +63,7 @@ def checked(named: Iterable[Named], expected: Mapping[str, tuple[int, ...]]) -> 
     sharded weights exist one after the other."""
     sent: set[str] = set()
     for name, tensor in named:
-        check_name(name, tuple(tensor.shape), expected, sent)
+        check_name(name, whole_shape(tensor), expected, sent)
         sent.add(name)
         yield name, tensor
     check_complete(sent, expected)

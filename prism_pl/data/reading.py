@@ -1,0 +1,65 @@
+"""A configuration's data module (and model, unbuilt), read without a run: `data check` and `data distill` use them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from prism_pl.cli import PrismCLI, import_systems
+
+
+class DataCLI(PrismCLI):
+    """Reads a command line of fit and makes its model and data, but runs nothing and writes nothing."""
+
+    def __init__(self, args: list[str]) -> None:
+        import_systems()
+        super().__init__(["fit", *args])
+
+    def before_instantiate_classes(self) -> None: ...
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        return Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+
+
+class DataOnlyCLI(DataCLI):
+    """Makes the data alone: a model's policy need not be there."""
+
+    def instantiate_classes(self) -> None:
+        parser = LightningArgumentParser(exit_on_error=False)
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=True)
+        config: Any = self.config
+        self.datamodule = parser.instantiate_classes(Namespace(data=config.fit.data)).data
+        self.trainer = self.instantiate_trainer()
+
+
+class _Reader(LightningModule):
+    """What a data module asks of a run's module: its collator."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+        super().__init__()
+        self.collator = collator
+
+
+def read_split(
+    datamodule: LightningDataModule, trainer: Trainer, split: str, collator: Callable[[list[Any]], Any]
+) -> Iterator[Any]:
+    """What the collator makes of each batch of a split, in order. Nothing of a split that the data does not have.
+
+    Args:
+        split: `train`, `validation` or `test`; training rows are those of the predict loader.
+    """
+    trainer.strategy.connect(_Reader(collator))
+    datamodule.trainer = trainer
+    stage, loader = {
+        "train": ("predict", datamodule.predict_dataloader),
+        "validation": ("validate", datamodule.val_dataloader),
+        "test": ("test", datamodule.test_dataloader),
+    }[split]
+    datamodule.prepare_data()
+    datamodule.setup(stage)
+    loaders: Any = loader()
+    for each in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        yield from each

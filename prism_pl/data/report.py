@@ -1,0 +1,112 @@
+"""What `data check` found, as a page of text."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from prism_pl.checked import CHECK, EXCLUDED
+from prism_pl.data.overlap import Found, Split
+from prism_pl.report.tables import markdown_table
+from prism_pl.row_needs import RowNeeds
+
+NUM_SHOWN = 3
+NUM_BINS = 12
+BAR = 40
+
+
+def report(splits: Mapping[str, Split], found: Found, needs: RowNeeds, folder: Path) -> str:
+    """The page: rows, what cannot be used and why, lengths, duplicates, overlap, and what a run will do."""
+    lines = ["# Data check", "", f"What the stage needs of a row: {_needs(needs)}.", ""]
+    header = ["split", "rows", "usable", "with an image", "again", "with control tokens spelled out"]
+    lines += [*markdown_table(header, [_row(split, found) for split in splits.values()]), ""]
+    for split in splits.values():
+        lines += _unusable(split)
+    for split in splits.values():
+        lines += _lengths(split)
+    lines += _shared(found)
+    return "\n".join([*lines, _verdict(splits["train"], folder), ""])
+
+
+def _needs(needs: RowNeeds) -> str:
+    wanted = [name if value is True else f"{name} {value}" for name, value in asdict(needs).items() if value]
+    return ", ".join(wanted).replace("_", " ") or "nothing but a question"
+
+
+def _row(split: Split, found: Found) -> list[str]:
+    facts = split.facts
+    usable = sum(not row.unusable for row in facts)
+    images = sum(bool(row.images) for row in facts)
+    control = sum(row.control_tokens for row in facts)
+    numbers = [len(facts), usable, images, len(found.duplicates[split.name]), control]
+    return [split.name, *(f"{number:,}" for number in numbers)]
+
+
+def _unusable(split: Split) -> list[str]:
+    counts = Counter(row.unusable for row in split.facts if row.unusable)
+    if not counts:
+        return []
+    lines = [f"## What cannot be used of {split.name}", ""]
+    for reason, count in counts.most_common():
+        lines.append(f"* {count:,} x {reason}")
+        shown = [row.detail for row in split.facts if row.unusable == reason][:NUM_SHOWN]
+        lines += [f"    * {detail}" for detail in shown]
+    return [*lines, ""]
+
+
+def _lengths(split: Split) -> list[str]:
+    rows = [row for row in split.facts if row.prompt_tokens]
+    if not rows:
+        return []
+    lines = [f"## Tokens of {split.name}, images expanded", ""]
+    columns = {
+        "prompt": [row.prompt_tokens for row in rows],
+        "response": [row.response_tokens for row in rows if row.response_tokens],
+        "both": [row.prompt_tokens + row.response_tokens for row in rows],
+    }
+    columns = {name: sorted(lengths) for name, lengths in columns.items() if lengths}
+    header = ["", "rows", "least", "median", "90%", "99%", "most"]
+    table = [
+        [name, *(f"{number:,}" for number in [len(lengths), *_quantiles(lengths)])] for name, lengths in columns.items()
+    ]
+    return [*lines, *markdown_table(header, table), "", "```text", *histogram(columns["both"]), "```", ""]
+
+
+def _quantiles(ordered: Sequence[int]) -> list[int]:
+    last = len(ordered) - 1
+    return [ordered[round(share * last)] for share in (0, 0.5, 0.9, 0.99, 1)]
+
+
+def histogram(lengths: Sequence[int]) -> list[str]:
+    """A line of text a range of lengths, with a bar for the rows in it."""
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // NUM_BINS))
+    counts = Counter((length - low) // width for length in lengths)
+    most = max(counts.values())
+    lines = []
+    for number in range((high - low) // width + 1):
+        start = low + number * width
+        bar = "#" * -(-counts[number] * BAR // most)
+        lines.append(f"{start:>7} to {start + width - 1:>7}  {counts[number]:>9,}  {bar}".rstrip())
+    return lines
+
+
+def _shared(found: Found) -> list[str]:
+    if not found.shared:
+        return []
+    kinds = list(next(iter(found.shared.values())))
+    rows = [[train, other, *(f"{counts[kind]:,}" for kind in kinds)] for (train, other), counts in found.shared.items()]
+    lines = ["## Rows that share something", "", *markdown_table(["rows of", "with", *kinds], rows), ""]
+    for (_, other, what), (one, two) in found.examples.items():
+        lines.append(f"* {what}: row {one!r} and row {two!r} of {other}")
+    return [*lines, ""]
+
+
+def _verdict(train: Split, folder: Path) -> str:
+    num = sum(bool(row.unusable) for row in train.facts)
+    if not num:
+        return f"A run can use all {len(train.facts):,} training rows."
+    return (
+        f"A run stops at the first of the {num:,} training rows that it cannot use. To leave them out, counted: "
+        f"--data.check_folder {folder} ({EXCLUDED} lists them, {CHECK} belongs to these rows alone)."
+    )

@@ -1,0 +1,41 @@
+"""Bootstrap intervals over prompts and seeds at once, for numbers that several runs of one recipe gave."""
+
+import numpy as np
+
+from prism_pl.metrics.bootstrap import Interval
+
+
+def crossed_interval(
+    values_SP: np.ndarray, num_resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Interval of the mean over S runs and P prompts, both resampled, each with replacement and apart from the other
+    (the pigeonhole bootstrap; Owen, Annals of Applied Statistics 1, 2007).
+
+    Runs of one recipe share their prompts, so neither is nested in the other. Resampling prompts alone would take the
+    seeds' luck for the recipe's merit; three runs still tell little of how far a fourth one may lie. With a single run
+    only the prompts are resampled, with a single prompt only the runs.
+
+    Args:
+        values_SP: one value a run and prompt; for a difference to another recipe, the differences. Runs and prompts in
+            an order of their own (such as their ids'), since resampling draws positions.
+
+    Raises:
+        ValueError: no run or no prompt.
+
+    Example:
+        >>> crossed_interval(np.array([[1.0, 0.0], [1.0, 0.0]])).mean
+        0.5
+    """
+    if values_SP.ndim != 2 or not values_SP.size:
+        raise ValueError(f"crossed_interval needs values of shape (runs, prompts) and got {values_SP.shape}")
+    num_runs, num_prompts = values_SP.shape
+    mean = float(values_SP.mean())
+    if values_SP.size == 1:
+        return Interval(mean, float("nan"), float("nan"), 1)
+    generator = np.random.default_rng(seed)
+    runs_RS, prompts_RP = (
+        generator.multinomial(size, [1 / size] * size, num_resamples) / size for size in (num_runs, num_prompts)
+    )
+    tail = (1 - level) / 2
+    low, high = np.quantile(((runs_RS @ values_SP) * prompts_RP).sum(1), [tail, 1 - tail])
+    return Interval(mean, float(low), float(high), num_prompts)

@@ -1,0 +1,31 @@
+"""Going on with another number of ranks or other stages of ZeRO: DeepSpeed's universal checkpoints.
+
+Its shards are cut for one number of ranks. Converted, each parameter's weight and optimiser state lies whole in files
+of its own, of which every rank then takes its part.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+
+from prism_pl.checkpoint_files import remove
+
+
+def convert(source: Path, target: Path, names: Iterable[str], tag: str) -> None:
+    """Write universal checkpoints of engines' shards, `source/<name>/<tag>`, to `target/<name>/<tag>`. One process
+    does; it takes as much room again as the shards."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    remove(target)
+    for name in names:
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(source / name / tag),
+                output_folder=str(target / name / tag),
+                num_extract_workers=1,  # in this process
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )

@@ -1,0 +1,40 @@
+"""Going on with the networks of a checkpoint where the rest of it does not fit: another strategy, other ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from prism_pl.strategy.folder_checkpoint import consolidated
+
+LOST = (
+    "Lost: the optimisers' states, which begin anew; the random draws of ranks other than the first; the groups that "
+    "dynamic sampling held back"
+)
+
+
+class NetworksOnly(CheckpointIO):
+    """Reads a checkpoint, a file or a folder, as one without optimisers' states, whoever wrote it. Writes as `inner`.
+
+    Args:
+        inner: how the run's own checkpoints are written.
+    """
+
+    def __init__(self, inner: CheckpointIO) -> None:
+        self.inner = inner
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Lightning's state of the first rank, with all weights in `state_dict`."""
+        path = Path(path)
+        state = consolidated(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+        state["optimizer_states"] = []
+        if "rlvr" in state:
+            state["rlvr"]["buffer"] |= {"groups": [], "refills": 0}
+        return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.inner.save_checkpoint(checkpoint, path, storage_options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.inner.remove_checkpoint(path)

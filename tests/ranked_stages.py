@@ -1,0 +1,259 @@
+"""What `tests.ranks` trains: each stage for a few steps on replayed rollouts, the same data for any number of ranks.
+
+Over a run come a row without an image, which only one of two ranks has in its step, ranks with longer responses than
+others, and a step in which all of one rank's rollouts are malformed.
+"""
+
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from datamodules.loading import train_loader
+from modules.align import AdversarialAlignModule
+from modules.rlvr import RLVRModule
+from modules.sft import SFTModule
+from modules.warmup import DiscriminatorModule
+from prism_pl.chat import render
+from prism_pl.checkpoint_files import LastCheckpoints
+from prism_pl.discriminator import DedicatedMoEDiscriminator, SparseMoEDiscriminator
+from prism_pl.last_checkpoint import LastCheckpoint
+from prism_pl.lora import LoraSpec
+from prism_pl.policy import PolicySpec
+from prism_pl.policy_loss import GRPO
+from prism_pl.rollout import TransformersEngine
+from prism_pl.rollout.engine import Sampling
+from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, gathered
+from prism_pl.strategy.weights_only import NetworksOnly
+from prism_pl.updates import KLPenalty
+from tests.conftest import make_examples
+from tests.stubs import MALFORMED, RIGHT, WRONG, Record, ScriptedEngine
+
+ROOT = Path(__file__).parent.parent
+POLICY, DISCRIMINATOR = str(ROOT / "assets/sft"), str(ROOT / "assets/discriminator")
+LONG = render("- red 3 at top left\n- blue 7 at centre", "1. 3 + 7 = 10\n2. so it is 10", "10")
+# Eight rollouts a step: four of each of two prompts.
+SCRIPT = [
+    *(RIGHT, WRONG, MALFORMED, LONG, WRONG, RIGHT, WRONG, WRONG),
+    *(LONG, WRONG, RIGHT, RIGHT, MALFORMED, MALFORMED, MALFORMED, MALFORMED),
+    *(WRONG, WRONG, LONG, RIGHT, RIGHT, WRONG, MALFORMED, LONG),
+]
+NUM_STEPS = 3
+SAMPLING = Sampling(max_tokens=60)
+ON_ROLLOUTS: dict[str, Any] = {
+    "num_rollouts": 4,
+    "micro_batch_tokens": 300,
+    "chunk_tokens": 16,
+    "max_grad_norm": 0.5,
+    "schedule": "linear",
+    "warmup": 1,
+}
+OPTIMIZERS = {"SGD": partial(torch.optim.SGD, lr=0.05), "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)}
+
+
+class Replayed(ScriptedEngine):
+    """Goes on in the same step with another number of ranks, each of which has fewer or more of its rollouts."""
+
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__(texts)
+        self.share = len(texts) // NUM_STEPS
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.num_drawn // self.share}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_drawn = state["steps"] * self.share
+
+
+class Steps(L.LightningDataModule):
+    """`per_step` rows a step, this rank's share of them."""
+
+    def __init__(self, per_step: int, batch_size: int) -> None:
+        super().__init__()
+        self.rows = make_examples(per_step * NUM_STEPS)
+        self.rows[-1] = replace(self.rows[-1], images=[])
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        collator = self.trainer.lightning_module.collator
+        return train_loader(self.rows, self.trainer, collator, batch_size=self.batch_size, seed=0)
+
+
+class KillAt(Callback):
+    """Ends one rank in the middle of its work, at the start of a batch."""
+
+    def __init__(self, rank: int, batch: int) -> None:
+        self.rank, self.batch = rank, batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == self.rank and batch_idx == self.batch:
+            (Path(trainer.default_root_dir) / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Poison(Callback):
+    """Makes the gradients of one of a network's weights NaN, on one rank from a batch on."""
+
+    def __init__(self, rank: int, batch: int, network: str) -> None:
+        self.rank, self.batch, self.network = rank, batch, network
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == self.rank and batch_idx == self.batch:
+            norm = getattr(pl_module, self.network).model.language_model.norm
+            norm.register_full_backward_hook(lambda module, grads, outs: tuple(g * float("nan") for g in grads))
+
+
+class Sparse(SparseMoEDiscriminator):
+    """Upcycled with the same random numbers, however they were drawn before."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        super().__init__(POLICY, init_heads=True, dropout=0.0, balance_weight=0.1)
+
+    def _heads(self, path, init_heads):
+        torch.manual_seed(6)
+        return super()._heads(path, init_heads)
+
+
+class StopAfter(Callback):
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx + 1 == self.num_steps
+
+
+class Keep(Callback):
+    """The whole weights of the trained networks, once training is done."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_end(self, trainer, pl_module):
+        for name in self.names:
+            for key, parameter in getattr(pl_module, name).named_parameters():
+                with gathered([parameter]):
+                    self.weights[f"{name}.{key}"] = parameter.detach().float().clone()
+
+
+def strategy_of(kind: Any, engines: dict[str, Any] | None, **options: Any) -> Any:
+    """`auto`, `ddp_find_unused_parameters_true`, or the ZeRO stage of all engines."""
+    if isinstance(kind, str):
+        return kind
+    chosen = {name: EngineOptions(**each) for name, each in (engines or {}).items()}
+    return MultiEngineDeepSpeedStrategy(stage=kind, engines=chosen, **options)
+
+
+def train(
+    rank: int,
+    num_ranks: int,
+    folder: Path,
+    stage: str = "align",
+    strategy: Any = "auto",
+    engines: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    optimizer: str = "SGD",
+    precision: str = "32-true",
+    shared_group: bool = False,
+    sampled: bool = False,
+    extra: dict[str, Any] | None = None,
+    saved: bool = False,
+    kill: tuple[int, int] | None = None,
+    ckpt: str | None = None,
+    weights_only: bool = False,
+    poison: tuple[int, int, str] | None = None,
+    sparse: bool = False,
+    lora: bool = False,
+    kl: dict[str, Any] | None = None,
+    stop_after: int | None = None,
+) -> None:
+    """Train a stage, and leave `told.pt`: what each step logged, and the weights at the end.
+
+    Args:
+        options: of `MultiEngineDeepSpeedStrategy`.
+        sampled: rollouts of the live policy in place of replayed ones.
+        extra: of the module.
+        saved: keep the last checkpoints, of every step.
+        kill: the rank to kill, and at which batch.
+        poison: the rank and the batch at which a network's gradients become NaN, and the network.
+        sparse: the release's discriminator, with a router.
+        lora: train adapters of the policy.
+        kl: `KLPenalty`.
+        stop_after: so many steps of a run that was meant to be longer.
+        ckpt: a checkpoint to go on from; `last` the newest in the folder.
+        weights_only: as `--weights-only-resume`.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    per_step = 1 if shared_group else 2
+    script = SCRIPT if not shared_group else SCRIPT[:4] + SCRIPT[8:12] + SCRIPT[16:20]
+    size = 4 * per_step
+    share = size // num_ranks
+    mine = [script[s * size + rank * share + i] for s in range(NUM_STEPS) for i in range(share)]
+    engine = TransformersEngine() if sampled else Replayed(mine)
+    ranks_per_group = num_ranks if shared_group else 1
+    extra = (extra or {}) | ({"kl": KLPenalty(**kl)} if kl else {})
+    policy = PolicySpec(POLICY, lora=LoraSpec(rank=4) if lora else None)
+    judge = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
+    module, names = STAGES[stage](policy, judge, engine, OPTIMIZERS[optimizer], ranks_per_group, extra)
+    record, keep = Record(), Keep(*names)
+    events: list[Callback] = [StopAfter(stop_after)] if stop_after else []
+    events += [KillAt(*kill)] if kill else []
+    events += [Poison(*poison)] if poison else []
+    torch.manual_seed(1)
+    trainer = L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=num_ranks,
+        strategy=strategy_of(strategy, engines, **(options or {})),
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=NUM_STEPS,
+        gradient_clip_val=0.5 if module.automatic_optimization else None,
+        callbacks=[record, keep, *([LastCheckpoint(1)] if saved else []), *events],
+        logger=False,
+        enable_checkpointing=saved,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+    )
+    if weights_only:
+        trainer.strategy.checkpoint_io = NetworksOnly(trainer.strategy.checkpoint_io)
+    ckpt = str(LastCheckpoints(folder).to_go_on_from()) if ckpt == "last" else ckpt
+    trainer.fit(module, Steps(per_step, per_step // (num_ranks // ranks_per_group)), ckpt_path=ckpt, weights_only=True)
+    module.export(folder / "export")
+    if rank == 0:
+        steps = [{key: value for key, value in step.items() if "time/" not in key} for step in record.steps]
+        torch.save({"steps": steps, "weights": keep.weights}, folder / "told.pt")
+
+
+def _align(policy: Any, judge: Any, engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+    settings = ON_ROLLOUTS | {"ranks_per_group": ranks_per_group, "discriminator_max_grad_norm": 0.5} | extra
+    module = AdversarialAlignModule(policy, judge, engine, optimizer, optimizer, SAMPLING, **settings)
+    return module, ("policy", "discriminator")
+
+
+def _rlvr(policy: Any, judge: Any, engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+    settings = ON_ROLLOUTS | {"ranks_per_group": ranks_per_group, "policy_loss": GRPO()} | extra
+    return RLVRModule(policy, engine, optimizer, SAMPLING, **settings), ("policy",)
+
+
+def _sft(policy: Any, judge: Any, engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+    settings: dict[str, Any] = {"micro_batch_tokens": 150, "chunk_tokens": 16, "schedule": "linear", "freeze": ()}
+    return SFTModule(policy, optimizer, **(settings | extra)), ("policy",)
+
+
+def _warmup(policy: Any, judge: Any, engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
+    settings: dict[str, Any] = {"num_rollouts": 4, "micro_batch_tokens": 300, "ceiling": None, "schedule": "linear"}
+    return DiscriminatorModule(policy, judge, engine, optimizer, SAMPLING, **(settings | extra)), ("discriminator",)
+
+
+STAGES = {"align": _align, "rlvr": _rlvr, "sft": _sft, "warmup": _warmup}

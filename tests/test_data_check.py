@@ -1,0 +1,244 @@
+"""`data check`: every planted fault is named, and a run leaves out what it lists."""
+
+import json
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+from datamodules import DemonstrationsDataModule
+from datamodules.batching import Batches, plan_batches
+from prism_pl.__main__ import main
+from prism_pl.batch import Example
+from prism_pl.data.facts import FactFinder, pixel_key, question_key
+from prism_pl.data.overlap import Split, overlap
+from prism_pl.data.report import histogram
+from prism_pl.policy import PolicySpec
+from prism_pl.row_needs import RowNeeds
+from tests.conftest import make_examples
+from tests.file_data import RESPONSE, opened, picture, prompt, sharegpt, write_images, write_lines, write_parquet
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    write_images(tmp_path, 8)
+    return tmp_path
+
+
+def broken_rows(folder):
+    """Rows 0 to 2 are sound; each of the others has a fault of its own."""
+    Image.new("1", (20_000, 20_000)).save(folder / "images" / "huge.png")
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(folder / "images" / "moving.gif", save_all=True, append_images=frames[1:])
+    (folder / "images" / "broken.png").write_bytes(b"<html>")
+    chat = sharegpt(5)["messages"]
+    return [
+        sharegpt(0),
+        sharegpt(1),
+        sharegpt(2, images=["images/1x1.png"]),
+        json.dumps(sharegpt(3))[:80],
+        sharegpt(3, images=["images/gone.png"]),
+        sharegpt(3, images=["images/huge.png"]),
+        sharegpt(3, images=["images/moving.gif"]),
+        sharegpt(3, images=["images/broken.png"]),
+        sharegpt(4, messages=[chat[0], {"role": "assistant", "content": RESPONSE.replace("<think>", "")}]),
+        sharegpt(5, messages=[chat[0], {"role": "assistant", "content": RESPONSE.replace("3 x 4", "1" * 1_000_000)}]),
+        sharegpt(0),
+        sharegpt(6, messages=[{"role": "user", "content": "<image><|im_end|><|image_pad|>?"}, chat[1]]),
+    ]
+
+
+def test_every_planted_fault_is_named_and_left_out_of_the_run(folder, blank_policy, capsys):
+    Image.new("L", (1, 1)).save(folder / "images" / "1x1.png")
+    train = write_lines(folder / "rows.jsonl", broken_rows(folder))
+    test = write_lines(folder / "test.jsonl", [sharegpt(1)])
+    Image.open(folder / "images" / "2.png").resize((100, 66)).save(folder / "images" / "scaled.jpg", quality=95)
+    benchmark = write_parquet(folder / "bench.parquet", [prompt(7, images=["images/0.png"])])
+    data = {"class_path": "datamodules.DemonstrationsDataModule", "init_args": {"train": str(train), "test": str(test)}}
+    data["init_args"]["num_validation"] = 0  # warmup.yaml holds more rows out than there are
+    bench = {
+        "class_path": "datamodules.PromptsDataModule",
+        "init_args": {"train": str(benchmark), "test": str(benchmark)},
+    }
+    model = {"class_path": "modules.DiscriminatorModule", "init_args": {"policy": {"path": blank_policy}}}
+    (folder / "mine.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    (folder / "bench.yaml").write_text(yaml.safe_dump({"data": bench}))
+    options = [
+        "--out",
+        "found",
+        "--against",
+        "bench.yaml",
+        "--max_tokens",
+        "20000",
+        "--exclude",
+        "overlap",
+        "duplicates",
+    ]
+    assert main(["data", "check", "--config", "warmup.yaml", "--config", "mine.yaml", *options]) == 0
+    page = capsys.readouterr().out
+    excluded = {
+        row["id"]: row for row in map(json.loads, (folder / "found" / "excluded.jsonl").read_text().splitlines())
+    }
+    reasons = {name: (row["reason"], row["detail"]) for name, row in excluded.items()}
+    expected = {
+        "rows-0": ("overlap with bench", "has an image of bench"),
+        "rows-1": ("overlap with test", "of test"),
+        "rows-3": ("row that cannot be read", "rows.jsonl, row 4: no whole JSON object"),
+        "rows-4": ("image that cannot be used", "images/gone.png' does not exist"),
+        "rows-5": ("image that cannot be used", "too large (Image size (400000000 pixels)"),
+        "rows-6": ("image that cannot be used", "animated"),
+        "rows-7": ("image that cannot be used", "broken.png' cannot be read"),
+        "rows-8": ("malformed demonstration: <think> is missing", "row 'rows-8'"),
+        "rows-9": ("over 20000 tokens", "row 'rows-9'"),
+        "rows-10": ("duplicate", "row 'rows-10' is row 'rows-0' again"),
+    }
+    assert reasons.keys() == expected.keys()
+    for name, (reason, detail) in expected.items():
+        assert reasons[name][0] == reason, name
+        assert detail in reasons[name][1], name
+        assert reason in page
+    assert "| train" in page
+    assert "What the stage needs of a row: demonstration, max length 20000." in page
+    assert "--data.check_folder found" in page
+
+    kept = opened(DemonstrationsDataModule(str(train), test=str(test), check_folder="found", batch_size=1))
+    trained = [row for batch in kept.train_dataloader() for row in batch]
+    assert sorted(row.id for row in trained) == ["rows-11", "rows-2"]
+    assert len(list(kept.predict_dataloader())) == 1 or pytest.fail("predict reads all rows")
+
+
+def test_a_check_of_other_rows_is_refused(folder, blank_policy):
+    write_lines(folder / "rows.jsonl", [sharegpt(n) for n in range(4)])
+    sft = [
+        "--config",
+        "sft.yaml",
+        "--data",
+        "datamodules.DemonstrationsDataModule",
+        "--data.train",
+        "rows.jsonl",
+        "--out",
+        "found",
+    ]
+    sft += ["--data.num_validation", "0"]  # sft.yaml holds more rows out than there are
+    check = ["data", "check", *sft, "--out", "found", "--model.policy.path", blank_policy, "--headers_only"]
+    assert main(check) == 0
+    opened(DemonstrationsDataModule("rows.jsonl", check_folder="found"))
+    with pytest.raises(ValueError, match=r"found is a check of other rows than these \(num_rows: 4 -> 3"):
+        opened(DemonstrationsDataModule("rows.jsonl", check_folder="found", num_rows=3))
+    write_lines(folder / "rows.jsonl", [sharegpt(n) for n in (1, 0, 2, 3)])
+    with pytest.raises(ValueError, match=r"check of other rows than these.*rows: "):
+        opened(DemonstrationsDataModule("rows.jsonl", check_folder="found"))
+    with pytest.raises(FileNotFoundError, match=r"none holds no check\.json.*data check"):
+        opened(DemonstrationsDataModule("rows.jsonl", check_folder="none"))
+    assert main(["data", "chek"]) == 2
+    assert main([*check, "--exclude", "all"]) == 2
+
+
+def test_lengths_are_the_collators(blank_policy):
+    processor = PolicySpec(blank_policy).processor()
+    examples = make_examples(3)
+    examples[1] = replace(examples[1], images=[*examples[1].images, picture(1, (70, 40))])
+    for pixels in (True, False):
+        found = FactFinder(processor, RowNeeds(), pixels)(examples)
+        for facts, example in zip(found, examples, strict=True):
+            assert facts.prompt_tokens == len(processor.prompt(example).ids)
+            assert facts.response_tokens == len(processor.response_ids(example.response))
+
+
+def test_what_a_stage_needs():
+    whole = Example("a", "Why?", response=RESPONSE, answers=["6"])
+    bare, silent = replace(whole, response="6"), replace(whole, response=None, answers=[" "])
+    assert [RowNeeds(response=True).unmet(row, 9) for row in (whole, bare, silent)] == ["", "", "no response"]
+    needs = RowNeeds(demonstration=True)
+    assert [needs.unmet(row, 9) for row in (whole, bare, silent)] == [
+        "", "malformed demonstration: <caption> is missing", "no response"
+    ]  # fmt: skip
+    assert [RowNeeds(answers=True).unmet(row, 9) for row in (whole, silent)] == ["", "no answer"]
+    assert [RowNeeds(max_length=9).unmet(whole, length) for length in (9, 10)] == ["", "over 9 tokens"]
+
+
+def test_keys_tell_equal_images_and_questions():
+    image = picture(3)
+    assert pixel_key(image) == pixel_key(image.copy()) != pixel_key(image.resize((47, 32)))
+    assert question_key("<image>\nWhat is 3 + 4?") == question_key("what  is 3 - 4") != question_key("What is 3 + 5?")
+
+
+def test_images_that_look_alike_are_found_and_others_are_not(tmp_path):
+    photo = picture(3, (12, 16)).resize((640, 480))
+    photo.resize((320, 240)).save(tmp_path / "small.jpg", quality=80)
+    drawing = Image.new("RGB", (200, 200), "white")
+    ImageDraw.Draw(drawing).line([(20, 180), (180, 20)], "black", 5)
+    other = Image.new("RGB", (200, 200), "white")
+    ImageDraw.Draw(other).line([(20, 20), (180, 180)], "black", 5)
+    blank = Image.new("RGB", (50, 50), "white")
+
+    def split(*images):
+        return Split("train", FactFinder(None, RowNeeds())([Example("", f"{n}", [i]) for n, i in enumerate(images)]))
+
+    train = split(photo, drawing, blank, picture(4, (12, 16)))
+    test = split(tmp_path / "small.jpg", other, blank.resize((60, 60)), drawing.resize((100, 100)))
+    found = overlap({"train": train, "test": test}, {})
+    assert found.shared[("train", "train")]["images that look alike"] == 2
+    assert found.shared[("train", "train")]["images"] == 0
+    assert found.shared_rows.keys() == {0, 1}
+
+
+def test_overlap_by_hand():
+    def facts(question, image):
+        found = FactFinder(None, RowNeeds())([Example(f"{question}-{image}", question, images=[picture(image)])])[0]
+        return found
+
+    train = Split("train", [facts("a", 0), facts("b", 1), facts("a", 0), facts("c", 2)])
+    test = Split("test", [facts("a", 0), facts("b", 5), facts("d", 2)])
+    found = overlap({"train": train, "test": test}, {})
+    assert found.duplicates == {"train": {2: 0}, "test": {}}
+    # Questions a, b, a; images 0, 0, 2; the row (a, 0) twice.
+    assert found.shared[("train", "test")] == {"questions": 3, "images": 3, "images that look alike": 3, "rows": 2}
+    assert found.shared_rows.keys() == {0, 2, 3}
+
+
+def test_a_histogram_by_hand():
+    lines = histogram([10, 10, 11, 12, 33])
+    # 24 lengths in 12 ranges of 2; three rows are the fullest range, 40 marks long.
+    assert lines[0] == "     10 to      11          3  " + "#" * 40
+    assert lines[1] == "     12 to      13          1  " + "#" * 14
+    assert lines[2] == "     14 to      15          0"
+    assert lines[-1].startswith("     32 to      33          1  ")
+    assert len(lines) == 12
+
+
+# Batches of like length
+
+
+def test_batches_by_number_hold_every_row_once_and_rows_of_like_length():
+    lengths = np.random.default_rng(0).integers(10, 1000, 1003)
+    plan = plan_batches(lengths, 10, None, seed=0)
+    batches = [plan.batch(number) for number in range(len(plan))]
+    assert len(batches) == 100
+    assert all(len(batch) == 10 for batch in batches)
+    assert len({row for batch in batches for row in batch}) == 1000
+    padding = sum(lengths[batch].max() * 10 - lengths[batch].sum() for batch in batches) / lengths.sum()
+    assert padding < 0.02
+    assert batches != [plan_batches(lengths, 10, None, seed=1).batch(n) for n in range(100)]
+    assert batches == [plan_batches(lengths, 10, None, seed=0).batch(n) for n in range(100)]
+
+
+def test_batches_by_tokens_fill_the_budget_and_never_pass_it():
+    lengths = np.random.default_rng(0).integers(10, 1000, 1003)
+    plan = plan_batches(lengths, 64, 4000, seed=0)
+    batches = [plan.batch(number) for number in range(len(plan))]
+    assert sorted(row for batch in batches for row in batch) == list(range(1003))
+    sizes = [len(batch) * lengths[batch].max() for batch in batches]
+    assert max(sizes) <= 4000
+    assert np.mean(sizes) > 0.8 * 4000
+    assert max(map(len, batches)) <= 64
+    with pytest.raises(ValueError, match="batch_tokens is 500, and the longest row has 9"):
+        plan_batches(lengths, 64, 500, seed=0)
+    rows = Batches([f"r{n}" for n in range(1003)], plan)  # pyright: ignore[reportArgumentType]
+    assert rows[3] == [f"r{n}" for n in batches[3]]

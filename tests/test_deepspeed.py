@@ -1,0 +1,150 @@
+"""Two processes under DeepSpeed train what one process trains: every stage of ZeRO, alone and mixed, and DDP."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("deepspeed")
+
+LOSSES = ("policy_loss", "discriminator_loss", "loss", "grad_norm/policy", "grad_norm/discriminator", "grad_norm")
+COUNTS = ("malformed", "num_malformed", "num_all_malformed_groups", "num_zero_std_groups", "zero_std_groups", "pairs")
+MIXED = {"strategy": 2, "engines": {"policy": {"stage": 3}, "discriminator": {"stage": 1}}}
+
+
+def assert_same_training(told, expected, losses: float, weights: float) -> None:
+    assert len(told["steps"]) == len(expected["steps"]) == 3
+    for step, wanted in zip(told["steps"], expected["steps"], strict=True):
+        assert step.keys() == wanted.keys()
+        compared = [key for key in wanted if key.partition("/")[2] in LOSSES]
+        assert compared
+        for key in compared:
+            assert step[key] == pytest.approx(wanted[key], rel=losses, abs=losses), key
+        for key in (key for key in wanted if key.partition("/")[2] in COUNTS):
+            assert step[key] == pytest.approx(wanted[key], nan_ok=True), key
+    assert told["weights"].keys() == expected["weights"].keys()
+    for name, wanted in expected["weights"].items():
+        assert torch.allclose(told["weights"][name], wanted, rtol=0, atol=weights), name
+
+
+def tolerances(optimizer: str) -> dict[str, float]:
+    # Adam divides by the gradient's size: where a gradient is all rounding, its step is too.
+    return {"losses": 1e-5, "weights": 1e-5 if optimizer == "SGD" else 1e-4}
+
+
+def test_mixed_stages_train_what_one_process_trains(told_of):
+    # Token budgets that cut ranks into different numbers of micro-batches, clipping, schedules, a row without an image
+    # on one rank, and a step with nothing but malformed rollouts on one rank.
+    told = told_of(2, optimizer="AdamW", **MIXED)
+    assert_same_training(told, told_of(1, optimizer="AdamW"), **tolerances("AdamW"))
+    assert_exported(told["folder"], told["weights"])
+
+
+def assert_exported(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Whole weights, gathered from their shards, and nothing else."""
+    policy = load_file(folder / "export" / "model.safetensors")
+    names = {key.removeprefix("policy."): value for key, value in weights.items() if key.startswith("policy.")}
+    for name, value in policy.items():
+        assert torch.equal(value, names[name].bfloat16()), name
+    heads = load_file(folder / "export-discriminator" / "heads.safetensors")
+    for name, value in heads.items():
+        assert torch.equal(value, weights[f"discriminator.heads.{name}"]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, "mixed", "ddp_find_unused_parameters_true"])
+def test_every_stage_trains_what_one_process_trains(told_of, stage, optimizer):
+    told = told_of(2, optimizer=optimizer, **(MIXED if stage == "mixed" else {"strategy": stage}))
+    assert_same_training(told, told_of(1, optimizer=optimizer), **tolerances(optimizer))
+    assert_exported(told["folder"], told["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["sft", "warmup", "rlvr"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_other_stages_have_one_engine_and_train_alike(told_of, module, stage):
+    told = told_of(2, stage=module, strategy=stage)
+    assert_same_training(told, told_of(1, stage=module), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["align", "rlvr"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_group_on_two_ranks_is_the_group_of_one_process(told_of, module, stage):
+    told = told_of(2, stage=module, strategy=stage, shared_group=True)
+    assert_same_training(told, told_of(1, stage=module, shared_group=True), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_steps_on_float32_master_weights(told_of, stage):
+    told = told_of(2, strategy=stage, precision="bf16-mixed", optimizer="AdamW")
+    assert_same_training(told, told_of(1, optimizer="AdamW"), losses=3e-2, weights=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("option", ["park_optimizer_states", "offload_optimizer"])
+def test_states_that_lie_elsewhere_between_steps_step_alike(told_of, stage, option):
+    told = told_of(2, strategy=stage, optimizer="AdamW", options={option: True})
+    assert_same_training(told, told_of(1, optimizer="AdamW"), **tolerances("AdamW"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_that_route_to_other_experts_train_what_one_process_trains(told_of, stage):
+    told = told_of(2, strategy=stage, sparse=True)
+    assert_same_training(told, told_of(1, sparse=True), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_reference_is_whole_on_every_rank(told_of, stage):
+    kl = {"coefficient": 0.5, "place": "loss", "kind": "k2"}
+    told = told_of(2, strategy=stage, kl=kl)
+    assert_same_training(told, told_of(1, kl=kl), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["policy", "discriminator"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_and_names_the_rows(ranks, tmp_path, stage, network):
+    codes, screen = ranks.codes(tmp_path, 2, strategy=stage, poison=(1, 1, network))
+    assert codes == [1, 1]
+    assert screen.count(f"ValueError: the {network}'s gradient norm is not finite") == 2
+    assert "This network took no step" in screen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_under_automatic_optimisation_too(ranks, tmp_path, stage):
+    codes, screen = ranks.codes(tmp_path, 2, stage="sft", strategy=stage, poison=(1, 1, "policy"))
+    assert codes == [1, 1]
+    assert screen.count("ValueError: the policy's gradient norm is not finite") == 2
+    assert "batch of rows row-" in screen
+
+
+@pytest.mark.slow
+def test_lora_at_stage_3_is_one_line(ranks, tmp_path):
+    codes, screen = ranks.codes(tmp_path, 2, strategy=3, lora=True)
+    assert codes == [1, 1]
+    assert "ZeRO-3 with policy.lora is not supported: adapters are small, set stage 2" in screen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_adapters_train_what_one_process_trains(told_of, stage):
+    told = told_of(2, strategy=stage, lora=True)
+    assert_same_training(told, told_of(1, lora=True), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_sample_from_the_policy_as_it_is(ranks, tmp_path, stage):
+    # Each token of a sharded policy gathers its weights; ranks differ in when their rollouts end. The probe after each
+    # step compares the engine with the trainer.
+    extra = {"num_rollouts": 2}
+    told = ranks(tmp_path, 2, strategy=stage, sampled=True, extra=extra)
+    assert len(told["steps"]) == 3

@@ -1,0 +1,120 @@
+"""Batches of like length and pass rates on rows from files, under a real Trainer: exact resume, ranks, other data."""
+
+import json
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+
+from datamodules import DemonstrationsDataModule, PromptsDataModule
+from prism_pl.data.check import write
+from prism_pl.data.facts import Facts
+from prism_pl.data.overlap import Split
+from tests.file_data import opened, prompt, sharegpt, write_images, write_lines, write_parquet
+from tests.test_digits_datamodule import Recorder, trainer
+
+NUM_ROWS = 60
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """60 rows of 10 to 99 tokens, as a check would have measured them; row 7 is one to leave out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    write_images(tmp_path, 1)
+    write_lines(tmp_path / "rows.jsonl", [sharegpt(0) for _ in range(NUM_ROWS)])
+    facts = [Facts(f"rows-{n}", prompt_tokens=int(length)) for n, length in enumerate(lengths())]
+    facts[7].unusable = "no response"
+    (tmp_path / "check").mkdir()
+    write(tmp_path / "check", Split("train", facts), opened(DemonstrationsDataModule("rows.jsonl")))
+    return tmp_path
+
+
+def lengths():
+    return np.random.default_rng(0).integers(10, 100, NUM_ROWS)
+
+
+BATCHES = {"tokens": {"batch_tokens": 400, "batch_size": 16}, "length": {"group_by_length": True, "batch_size": 8}}
+
+
+def data(kind, **options):
+    return DemonstrationsDataModule("rows.jsonl", check_folder="check", **BATCHES[kind], **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", BATCHES)
+def test_a_resumed_run_goes_on_with_the_batches_of_the_uninterrupted_one(kind, folder):
+    num_batches = len(opened(data(kind)).train_dataloader())
+    assert 4 <= num_batches <= 12
+    whole, steps = Recorder(), 2 * num_batches + 1
+    trainer(folder / "run", max_steps=steps).fit(whole, data(kind))
+    size = lengths()
+    for batch in whole.trained:
+        rows = [int(row.removeprefix("rows-")) for row in batch]
+        if kind == "tokens":
+            assert len(rows) * size[rows].max() <= 400
+        else:
+            assert len(rows) == 8
+    epochs = [whole.trained[:num_batches], whole.trained[num_batches : 2 * num_batches]]
+    for epoch in epochs:
+        seen = [row for batch in epoch for row in batch]
+        assert len(seen) == len(set(seen)) == (59 if kind == "tokens" else 56)
+        assert "rows-7" not in seen
+    assert epochs[0] != epochs[1]
+    for step, workers in ((2, 0), (num_batches, 0), (num_batches + 2, 1)):
+        resumed = Recorder()
+        run = trainer(folder / "again", max_steps=steps, save_every=100)
+        run.fit(resumed, data(kind, num_workers=workers), ckpt_path=str(folder / "run" / f"step={step}.ckpt"))
+        assert resumed.trained == whole.trained[step:], step
+
+
+def test_ranks_share_the_batches_out_and_have_as_many(folder):
+    module = opened(data("tokens"))
+    of_rank = []
+    for rank in range(2):
+        module.trainer = SimpleNamespace(
+            world_size=2, global_rank=rank, is_global_zero=rank == 0, lightning_module=SimpleNamespace(collator=list)
+        )
+        of_rank.append([[row.id for row in batch] for batch in module.train_dataloader()])
+    assert len(of_rank[0]) == len(of_rank[1]) >= 4
+    first, second = ({row for batch in batches for row in batch} for batches in of_rank)
+    assert not first & second
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_on_files_that_were_changed_meanwhile_is_refused(folder):
+    options = {"batch_size": 8}
+    trainer(folder / "run", max_steps=2).fit(Recorder(), DemonstrationsDataModule("rows.jsonl", **options))
+    write_lines(folder / "rows.jsonl", [sharegpt(0, images=[])] + [sharegpt(0)] * (NUM_ROWS - 1))
+    with pytest.raises(ValueError, match="do not hold the rows that this run began with"):
+        trainer(folder / "again", max_steps=4).fit(
+            Recorder(),
+            DemonstrationsDataModule("rows.jsonl", **options),
+            ckpt_path=str(folder / "run" / "step=2.ckpt"),
+        )
+
+
+def test_lengths_are_asked_for():
+    for options in ({"group_by_length": True}, {"batch_tokens": 400}):
+        with pytest.raises(ValueError, match=r"need the rows' lengths: measure them .*data check"):
+            DemonstrationsDataModule("rows.jsonl", **options)
+
+
+def test_pass_rates_fit_the_rows_they_were_measured_on_alone(folder):
+    write_parquet(folder / "rows.parquet", [prompt(number) for number in range(4)])
+    rates = {"rows-0": 0.0, "rows-1": 0.5, "rows-2": 1.0, "rows-3": 0.25}
+    measured = opened(PromptsDataModule("rows.parquet"))
+    lines = [{"recipe": {"data": measured.row_recipe()}}]
+    lines += [{"id": id, "pass_rate": rate} for id, rate in rates.items()]
+    write_lines(folder / "pass_rates.jsonl", lines)
+
+    kept = opened(PromptsDataModule("rows.parquet", pass_rates="pass_rates.jsonl", batch_size=1), folder=folder / "run")
+    assert {row.id for batch in kept.train_dataloader() for row in batch} == {"rows-1", "rows-3"}
+    assert json.loads((folder / "run" / "kept_ids.json").read_text())["ids"] == ["rows-1", "rows-3"]
+    with pytest.raises(ValueError, match=r"measured on other data.*system_prompt: .* -> Look\."):
+        opened(PromptsDataModule("rows.parquet", pass_rates="pass_rates.jsonl", system_prompt="Look."))
+    write_parquet(folder / "rows.parquet", [prompt(number) for number in (3, 2, 1, 0)])
+    with pytest.raises(ValueError, match=r"measured on other data.*rows: "):
+        opened(PromptsDataModule("rows.parquet", pass_rates="pass_rates.jsonl"))
