@@ -13,6 +13,7 @@ from collections.abc import Callable
 NUM_BUCKETS = 128
 # Words, runs of digits, single marks. Case is kept: it is style.
 _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
+_FIRST = re.compile(rf"^[^\S\n]*({_TOKEN.pattern})", re.MULTILINE)
 _TYPICAL = math.log1p(400)  # characters, from where a segment is short or long
 
 
@@ -44,11 +45,9 @@ def _is_mark(character: str) -> bool:
 
 def _frequencies(text: str) -> list[float]:
     counts: Counter[str] = Counter()
-    for line in text.splitlines():
-        tokens = ["0" if token[0].isdigit() else token for token in _TOKEN.findall(line)]
-        if tokens:
-            counts[f"^{tokens[0]}"] += 1
-            counts.update(tokens)
+    for place, tokens in (("", _TOKEN.findall(text)), ("^", _FIRST.findall(text))):
+        for token, count in Counter(tokens).items():
+            counts[place + ("0" if token[0].isdigit() else token)] += count
     buckets = [0] * NUM_BUCKETS
     for token, count in counts.items():
         buckets[zlib.crc32(token.encode()) % NUM_BUCKETS] += count  # Python's own hash differs from start to start
