@@ -154,7 +154,7 @@ def main() -> None:
     if options.measure:
         import datasets
 
-        datasets.config.HF_DATASETS_CACHE = options.folder / "cache"
+        datasets.config.HF_DATASETS_CACHE = options.folder / "cache"  # pyright: ignore[reportAttributeAccessIssue]
         datasets.disable_progress_bars()
         print(json.dumps(measure(file, options.read)))
         return

@@ -21,7 +21,9 @@ def long_response(seed: int, num_lines: int) -> str:
     random = np.random.default_rng(seed)
     colours, places = ("red", "blue", "green", "yellow"), ("left", "right", "top", "bottom")
     caption = [f"- {random.choice(colours)} {random.integers(10)} at {random.choice(places)}" for _ in range(num_lines)]
-    think = [f"{i + 1}. {random.integers(10)} + {random.integers(10)} = {random.integers(10)}" for i in range(num_lines)]
+    think = [
+        f"{i + 1}. {random.integers(10)} + {random.integers(10)} = {random.integers(10)}" for i in range(num_lines)
+    ]
     return render("\n".join(caption), "\n".join(think), str(random.integers(10)))
 
 

@@ -48,7 +48,7 @@ def run(args: list[str]) -> None:
     options, rest = _parser().parse_known_args(args)
     cli = DataCLI(rest)
     stage: Any = cli.model
-    needs = stage.row_needs if isinstance(stage, HasRowNeeds) else RowNeeds()
+    needs = cli.model.row_needs if isinstance(cli.model, HasRowNeeds) else RowNeeds()
     if options.max_tokens is not None:
         needs = RowNeeds(needs.response, needs.demonstration, needs.answers, options.max_tokens)
     finder = FactFinder(stage.processor, needs, pixels=not options.headers_only)

@@ -31,7 +31,8 @@ class DataOnlyCLI(DataCLI):
         parser = LightningArgumentParser(exit_on_error=False)
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=True)
         config: Any = self.config
-        self.datamodule = parser.instantiate_classes(Namespace(data=config.fit.data)).data
+        instantiated: Any = parser.instantiate_classes(Namespace(data=config.fit.data))
+        self.datamodule = instantiated.data
         self.trainer = self.instantiate_trainer()
 
 
