@@ -133,15 +133,20 @@ def packed_layout(batch: SequenceBatch, shared_B: Tensor) -> Layout:
             place_of_BS[row, :prompt] = torch.arange(first, first + prompt)
             place_of_BS[row, prompt : lengths[row]] = torch.arange(place, place + length)
             place += length
-    columns = torch.tensor(blocks, device=device).unbind(1)
-    longest, longest_keys = max(b[0] for b in blocks), max(b[0] + b[2] for b in blocks)
+    lengths_U, starts_U, prefixes_U = torch.tensor(blocks, device=device).unbind(1)
     return Layout(
         shape=(1, place),
         token_of_N=torch.cat(tokens).to(device),
         place_of_BS=place_of_BS.to(device),
         real_BS=_real(batch),
         images=images,
-        blocks=Blocks(*columns, longest, longest_keys),
+        blocks=Blocks(
+            lengths_U=lengths_U,
+            prefix_start_U=starts_U,
+            prefix_length_U=prefixes_U,
+            longest=max(length for length, _, _ in blocks),
+            longest_keys=max(length + prefix for length, _, prefix in blocks),
+        ),
     )
 
 
