@@ -190,8 +190,8 @@ class FilesDataModule(L.LightningDataModule):
         return self._in_order(self._rows["test"]) if "test" in self._rows else []
 
     def predict_dataloader(self) -> DataLoader:
-        """All training rows in order, whatever `pass_rates` keeps of them; without those that `check_folder` leaves out,
-        unless the collator reads bad rows, as a check's does."""
+        """All training rows in order, whatever `pass_rates` keeps of them; without those that `check_folder` leaves
+        out, unless the collator reads bad rows, as a check's does."""
         collator = self._collator()
         rows = self._train_indices if isinstance(collator, ReadsBadRows) else self._without_excluded()
         return self._in_order(Subset(self._rows["train"], rows))
