@@ -100,7 +100,10 @@ def measure(file: Path, num_read: int) -> dict[str, float]:
     begun = time.perf_counter()
     data = DemonstrationsDataModule(str(file), num_validation=512, batch_size=16, num_workers=2)
     data.trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-        world_size=1, global_rank=0, is_global_zero=True, lightning_module=SimpleNamespace(collator=Opener())
+        world_size=1,
+        global_rank=0,
+        is_global_zero=True,
+        lightning_module=SimpleNamespace(collator=Opener(), hparams={}),
     )
     data.prepare_data()
     data.setup("fit")
@@ -154,7 +157,7 @@ def main() -> None:
     if options.measure:
         import datasets
 
-        datasets.config.HF_DATASETS_CACHE = options.folder / "cache"
+        datasets.config.HF_DATASETS_CACHE = options.folder / "cache"  # pyright: ignore[reportAttributeAccessIssue]
         datasets.disable_progress_bars()
         print(json.dumps(measure(file, options.read)))
         return

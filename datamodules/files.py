@@ -15,7 +15,7 @@ from datamodules.fields import Columns
 from datamodules.file_rows import FileRows, Reading, ReadRow, with_columns
 from datamodules.loading import train_loader
 from datamodules.sources import Source, open_source
-from prism_pl.bad_rows import strict
+from prism_pl.bad_rows import ReadsBadRows, strict
 from prism_pl.chat import SYSTEM_PROMPT
 from prism_pl.checked import read_checked
 from prism_pl.stop_request import leave_to_the_run
@@ -108,14 +108,8 @@ class FilesDataModule(L.LightningDataModule):
             self._open()
         if stage != "fit":
             return
-        self.train_rows: Dataset[Any] = Subset(self._rows["train"], self._train_indices)
-        kept = self._train_indices
-        if self.check_folder is not None:
-            checked = read_checked(self.check_folder, self.row_recipe() | self.selection(), len(kept))
-            rank_zero_info(checked.said)
-            kept = [kept[position] for position in checked.kept]
-            self._lengths = checked.lengths[checked.kept]
-            self.train_rows = Subset(self._rows["train"], kept)
+        kept = self._without_excluded()
+        self.train_rows: Dataset[Any] = Subset(self._rows["train"], kept)
         if self.pass_rates is not None:
             assert self.trainer is not None
             all_ids = list(self._rows["train"].ids())
@@ -125,6 +119,16 @@ class FilesDataModule(L.LightningDataModule):
             )
             self._lengths = None if self._lengths is None else self._lengths[filtered.indices]
             self.train_rows = filtered
+
+    def _without_excluded(self) -> list[int]:
+        """The training rows that the check leaves in, whose lengths are then known."""
+        if self.check_folder is None:
+            return self._train_indices
+        num_rows = len(self._train_indices)
+        checked = read_checked(self.check_folder, self.row_recipe() | self.selection(), num_rows)
+        rank_zero_info(checked.said)
+        self._lengths = checked.lengths[checked.kept]
+        return [self._train_indices[position] for position in checked.kept]
 
     def _open(self) -> None:
         self._rows = {
@@ -186,8 +190,11 @@ class FilesDataModule(L.LightningDataModule):
         return self._in_order(self._rows["test"]) if "test" in self._rows else []
 
     def predict_dataloader(self) -> DataLoader:
-        """All training rows in order, whatever `check_folder` and `pass_rates` leave out."""
-        return self._in_order(Subset(self._rows["train"], self._train_indices))
+        """All training rows in order, whatever `pass_rates` keeps of them; without those that `check_folder` leaves
+        out, unless the collator reads bad rows, as a check's does."""
+        collator = self._collator()
+        rows = self._train_indices if isinstance(collator, ReadsBadRows) else self._without_excluded()
+        return self._in_order(Subset(self._rows["train"], rows))
 
     def _in_order(self, rows: Dataset[Any]) -> DataLoader:
         return DataLoader(

@@ -74,9 +74,11 @@ def test_ranks_share_the_batches_out_and_have_as_many(folder):
     module = opened(data("tokens"))
     of_rank = []
     for rank in range(2):
-        stage = SimpleNamespace(collator=list, hparams={})
         module.trainer = SimpleNamespace(
-            world_size=2, global_rank=rank, is_global_zero=rank == 0, lightning_module=stage
+            world_size=2,
+            global_rank=rank,
+            is_global_zero=rank == 0,
+            lightning_module=SimpleNamespace(collator=list, hparams={}),
         )
         of_rank.append([[row.id for row in batch] for batch in module.train_dataloader()])
     assert len(of_rank[0]) == len(of_rank[1]) >= 4
