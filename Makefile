@@ -36,11 +36,16 @@ check: setup
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pyright
 
+# Two workers, which take file after file. One thread each: on the tests' small tensors a second one costs more than it
+# gains. `make test WORKERS=0` is one process.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 # Every stage in turn on the embedded default, RLVR from both starts, and a report that fails where the results are not what
 # they should be. Finished stages are skipped: `make demo DEMO=runs/demo-2` begins anew.

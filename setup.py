@@ -72,7 +72,7 @@ setup(
         "rich",
     ],
     extras_require={
-        "dev": ["pytest", "ruff", "pyright[nodejs]", "peft>=0.21,<0.22", *DEEPSPEED],
+        "dev": ["pytest", "pytest-xdist", "ruff", "pyright[nodejs]", "peft>=0.21,<0.22", *DEEPSPEED],
         "deepspeed": DEEPSPEED,
         "lora": ["peft>=0.21,<0.22"],
         # Both are the package `vllm` and pin torch 2.13.0: for machines with an NVIDIA GPU and for those without, the

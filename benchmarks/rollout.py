@@ -5,7 +5,8 @@ each timed call, and the engines take turns; the medians are compared.
 
 Launch: python benchmarks/rollout.py                     the tiny policy, any CPU, a minute or two
         python benchmarks/rollout.py --dimensions 4b     Qwen3-VL-4B's dimensions, random weights, one GPU, no network
-Output: a table, on a GPU also weight sync, sleep and log-probability differences, and the ratios in the last line.
+Output: a table, on a GPU also weight sync, sleep and log-probability differences; how far stock `generate` is from the
+floor, the bare matrix products, which bounds what any engine can gain on it; and the ratios in the last line.
 """
 
 import argparse
@@ -101,6 +102,26 @@ def stock_generate(policy: Any, processor: Processor, examples: Sequence[Example
     def run() -> int:
         ids = policy.generate(**inputs, **options, suppress_tokens=processor.banned_ids, pad_token_id=processor.pad_id)
         return (ids.shape[1] - ids_PS.shape[1]) * ids.shape[0]
+
+    return run
+
+
+def bare_products(policy: Any, num_rows: int, max_tokens: int) -> Timed:
+    """The floor: each token's products with the weights of the text layers (fused as vLLM fuses them) and of the head,
+    at the rollouts' batch size. No prompts, images, attention, norms, sampling or scheduling."""
+    weights: list[torch.Tensor] = []
+    for layer in policy.model.language_model.layers:
+        read, mlp = layer.self_attn, layer.mlp
+        fused = [read.q_proj, read.k_proj, read.v_proj], [read.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]
+        weights += [torch.cat([linear.weight.detach() for linear in linears]) for linears in fused]
+    weights.append(policy.lm_head.weight.detach())
+    inputs = [weight.new_ones(num_rows, weight.shape[1]) for weight in weights]
+
+    def run() -> int:
+        for _ in range(max_tokens):
+            for weight, rows in zip(weights, inputs, strict=True):
+                torch.mm(rows, weight.T)
+        return num_rows * max_tokens
 
     return run
 
@@ -228,10 +249,13 @@ def main() -> None:
     others = {
         "TransformersEngine": ours(fallback, few, num, short),
         "stock generate": stock_generate(policy, processor, few, num, short),
+        "bare matrix products": bare_products(policy, len(few) * num, short),
     }
     speeds |= race(others, args.repeats if tiny else 1, before=lambda: None)
     for entry, speed in speeds.items():
         print(f"{entry:34s}{speed:10,.0f} tokens/s")
+    floor = speeds["bare matrix products"] / speeds["stock generate"]
+    print(f"floor: the bare matrix products are {floor:.1f} x stock generate; no engine can gain more on it here")
     mine = speeds["VLLMEngine"]
     print(
         "VLLMEngine : "

@@ -21,6 +21,15 @@ DEMONSTRATION = render(
 SYSTEM = "Write <caption>, <think>, <answer>."
 
 
+# Files that start processes or vLLM. They go first, so that the workers of `make test`, which take file after file, end
+# together.
+LONGEST = ("resume", "pipeline_processes", "vllm_ranks", "vllm_server_weights", "configs", "bad_input", "vllm_engine")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ from tests.stubs import MALFORMED, RIGHT, WRONG, Gradients, Rows, ScriptedEngine
 
 SGD = torch.optim.SGD
 EXPERTS = ("perception", "reasoning")
+OTHER_KL = (("loss", "k3"), ("reward", "k1"))
 
 
 def make(
@@ -238,7 +239,10 @@ def test_micro_batches_make_the_same_step(random_policy, tmp_path):
             torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("kl", [KLPenalty(0.5), KLPenalty(0.5, kind="k3"), KLPenalty(0.5, "reward", "k1")])
+# The other kinds, which RLVR shares, are in test_rlvr.py.
+@pytest.mark.parametrize(
+    "kl", [KLPenalty(0.5), *(pytest.param(KLPenalty(0.5, *how), marks=pytest.mark.slow) for how in OTHER_KL)]
+)
 def test_a_kl_penalty_pulls_back_to_the_start(random_policy, tmp_path, kl):
     rows, texts, moved = make_examples(8), (RIGHT, WRONG), {}
     for penalty in (None, kl):

@@ -34,15 +34,16 @@ FEW = shlex.split(
     "--trainer.max_steps 2 --trainer.val_check_interval 1 --trainer.limit_val_batches 1 "
     "--trainer.num_sanity_val_steps 0 --data.num_train 64 --data.num_validation 4 --data.batch_size 4"
 )
+BRIEF = "--model.sampling.max_tokens 56"  # longer than nearly all of the SFT policy's responses
 SMALLER = {
-    "warmup": "--model.ceiling null",  # four held-out pairs reach the ceiling by luck
-    "align": "--model.num_rollouts 2",
-    "rlvr": "--model.num_rollouts 4",
-    "digits/rlvr_dapo": "--model.num_rollouts 4 --model.num_prompts 1",
-    "digits/rlvr_gspo": "--model.num_rollouts 8 --trainer.max_steps 8",  # four steps a batch
-    "evaluate": "--data.num_test 4 --data.num_hard 4",
-    "filter": "--data.num_train 4 --model.num_samples 2",
-    "pairs": "--data.num_train 4",
+    "warmup": f"{BRIEF} --model.ceiling null",  # four held-out pairs reach the ceiling by luck
+    "align": f"{BRIEF} --model.num_rollouts 2",
+    "rlvr": f"{BRIEF} --model.num_rollouts 4",
+    "digits/rlvr_dapo": f"{BRIEF} --model.num_rollouts 4 --model.num_prompts 1",
+    "digits/rlvr_gspo": f"{BRIEF} --model.num_rollouts 8 --trainer.max_steps 8",  # four steps a batch
+    "evaluate": f"{BRIEF} --data.num_test 4 --data.num_hard 4",
+    "filter": f"{BRIEF} --data.num_train 4 --model.num_samples 2",
+    "pairs": f"{BRIEF} --data.num_train 4",
 }
 
 

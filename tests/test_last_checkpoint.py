@@ -5,8 +5,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from prism_pl.checkpoint_files import LastCheckpoints
 from prism_pl.cli import PrismCLI
 from prism_pl.optim import lr_scheduler, rate_jumps
 from prism_pl.pipeline.plan import checkpoint_in
+from prism_pl.run_folder import held
 from tests.test_cli import DUMMY, last_step
 
 FIT = ["fit", "--config", "dummy.yaml"]
@@ -285,23 +284,20 @@ def test_the_pipeline_and_a_run_agree_on_what_it_goes_on_from(tmp_path):
 def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(folder, capsys):
     assert main(FIT) == 0
     before = LAST.read_bytes()
-    script = f"""
-import sys, time
-from pathlib import Path
-from prism_pl.run_folder import held
-with held(Path({str(RUN)!r})):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
-    path = os.pathsep.join(sys.path)
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | {"PYTHONPATH": path}) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
+    reader, writer = os.pipe()
+    other = os.fork()  # a process that imported everything anew would hold the folder no better
+    if other == 0:
+        with held(RUN):
+            os.write(writer, b"held")
+            signal.pause()
+    try:
+        assert os.read(reader, 4) == b"held"
         assert main([*FIT, STEPS, "4"]) == 2
-        assert f"{RUN} is in use: process {other.pid} trains there." in message(capsys)
+        assert f"{RUN} is in use: process {other} trains there." in message(capsys)
         assert LAST.read_bytes() == before
-        other.kill()
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
     assert main([*FIT, STEPS, "4"]) == 0
 
 

@@ -91,7 +91,7 @@ def test_merged_weights_are_float32_under_autocast(policy):
         assert all(torch.equal(tensor, plain[name]) for name, tensor in whole_parameters(policy))
 
 
-def test_a_run_with_adapters_syncs_merged_weights(random_policy, tmp_path):
+def test_a_run_with_adapters_syncs_merged_weights(random_policy, tmp_path, without_vllm):
     """Through the command line, with the contract's probe after each sync."""
     from safetensors.torch import load_file
 
@@ -99,7 +99,8 @@ def test_a_run_with_adapters_syncs_merged_weights(random_policy, tmp_path):
 
     command = [
         *("fit", "--config", "rlvr.yaml", "--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps", "2"),
-        *("--trainer.limit_val_batches", "0", "--data.batch_size", "4"),
+        *("--trainer.limit_val_batches", "0", "--data.batch_size", "2"),
+        *("--data.num_train", "16", "--model.num_rollouts", "4", "--model.sampling.max_tokens", "48"),
         *("--model.policy.lora.rank", "2", "--model.freeze", "[]"),
     ]
     assert main(command) == 0

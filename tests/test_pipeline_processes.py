@@ -43,6 +43,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PRISM_TRACEBACK", "")
     (tmp_path / "dummy.yaml").write_text(DUMMY)
+    (tmp_path / "weights").mkdir()
     (tmp_path / "pipeline.yaml").write_text(PIPELINE)
     return tmp_path
 

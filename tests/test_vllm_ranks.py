@@ -1,5 +1,6 @@
 """vLLM on two ranks: an engine each, and one engine for both by tensor parallelism."""
 
+import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,9 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    start_processes(work, args=(str(folder),), nprocs=2, start_method="spawn")
+    # A fork server imports vLLM once for both ranks, and, unlike a fork of pytest, has no threads.
+    multiprocessing.set_forkserver_preload([__name__, "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
+    start_processes(work, args=(str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,5 +1,6 @@
 """Weights on their way to a vLLM server: files, the worker's side, the order of a transfer by NCCL, and two ranks."""
 
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,7 +209,8 @@ def work(rank: int, folder: str, url: str, path: str) -> None:
 def test_two_ranks_share_a_server_and_the_first_keeps_it_up_to_date(policy_and_processor, random_policy, tmp_path):
     policy, processor = policy_and_processor
     fake = FakeVLLM(processor, policy.config)
-    start_processes(work, args=(str(tmp_path), fake.url, random_policy), nprocs=2, start_method="spawn")
+    multiprocessing.set_forkserver_preload([__name__])
+    start_processes(work, args=(str(tmp_path), fake.url, random_policy), nprocs=2, start_method="forkserver")
     told = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert len({tuple(ids) for each in told for ids in each["drawn"]}) == 4
     assert fake.called.count("prism_load") == 2  # one a sync, not one a rank

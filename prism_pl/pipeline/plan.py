@@ -93,7 +93,7 @@ def missing_inputs(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_local(key: str, value: str) -> bool:
-    if key.endswith("path"):
+    if key.rpartition(".")[2] in ("path", "ckpt_path"):
         return value.startswith((os.sep, "./", "../"))
     # A pattern or an address is the datamodule's to understand, a model's other folders may be made by it.
     return key.startswith("data.") and bool(value) and not set(value) & set("{*?[:")
