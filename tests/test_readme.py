@@ -22,15 +22,14 @@ SMALL = {
 }
 
 
-def blocks(language: str, page: str = README) -> list[str]:
+def blocks(language: str) -> list[str]:
     """The fenced blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[str]:
-    """Every `python -m prism_pl` line of the shell blocks of README and docs, as one line each."""
-    pages = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
-    lines = "".join(block for page in pages for block in blocks("bash", page)).replace("\\\n", " ").splitlines()
+    """Every `python -m prism_pl` line of the shell blocks, as one line each."""
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     return [" ".join(line.split()) for line in lines if line.startswith("python -m prism_pl")]
 
 
