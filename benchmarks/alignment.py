@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=448, help="of an image, pixels")
     parser.add_argument("--micro-batch-tokens", type=int, default=16384)
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--gpu-memory", type=float, default=0.3, help="vLLM's share while it generates")
+    parser.add_argument("--gpu-memory", type=float, default=0.15, help="vLLM's share while it generates")
     parser.add_argument("--no-hide", dest="hide", action="store_false", help="leave CUDA_VISIBLE_DEVICES as it is")
     args = parser.parse_args()
     args.folder = args.folder.resolve()
