@@ -17,7 +17,7 @@ from prism_pl.outputs import step_output
 from prism_pl.strategy.ranks import gathered_values
 from prism_pl.tensorboard import tensorboard_writers
 
-NEEDS = ("rollouts", "demonstrations", "valid", "scores", "demonstration_scores", "score_clip")
+NEEDS = ("rollouts", "demonstrations", "valid", "scores", "demonstration_scores", "score_clip", "ranks_per_group")
 
 
 class DiscriminatorHealth(Callback):
@@ -38,7 +38,8 @@ class DiscriminatorHealth(Callback):
     `prism_pl.discriminator.routing`.
 
     Like the discriminator's scores, a shadow's predictions are from before it learned from the step. A NaN score makes
-    the numbers it enters NaN, for as long as it stands in the window. A group must arrive whole.
+    the numbers it enters NaN, for as long as it stands in the window. Gradients are this rank's own, from before they
+    are reduced; where a strategy shards them (ZeRO 2 and 3) no expert's norm is logged.
 
     Args:
         window: steps that the numbers are taken over, and that the shadows remember.
@@ -83,7 +84,7 @@ class DiscriminatorHealth(Callback):
         parts = gathered_values(judged(step))
         flagged = []
         for expert in parts[0]:
-            seen = joined([part[expert] for part in parts])
+            seen = joined([part[expert] for part in parts], step["ranks_per_group"])
             numbers = self._panel(expert).update(seen, step["score_clip"])
             pl_module.log_dict({_tag(name, expert): value for name, value in numbers.items()}, batch_size=1)
             flagged += self._newly_flagged(expert, numbers)

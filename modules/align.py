@@ -387,6 +387,7 @@ class AdversarialAlignModule(LightningModule):
             scores={e: s.detach().view(shape) for e, s in scores.by_expert.items()},
             demonstration_scores={e: s.detach().view(shape)[:, 0] for e, s in demonstration_scores.by_expert.items()},
             score_clip=self.score_clip,
+            ranks_per_group=self.ranks_per_group,
         )
         if rewards_PG is not None:
             output["rewards"] = rewards_PG

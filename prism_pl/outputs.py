@@ -23,6 +23,7 @@ class StepOutput(TypedDict, total=False):
         scores: of each expert, for the rollouts, (P, G); what stands at malformed ones is not read.
         demonstration_scores: of each expert, for the demonstrations, (P,).
         score_clip: the limit of the soft clip that the scores went through; None where they did not.
+        ranks_per_group: in training, how many neighbouring ranks hold a part of each group.
         rewards: what the policy was given, (P, G).
         accuracy: of the final answers, 0 or 1, (P, G).
     """
@@ -35,6 +36,7 @@ class StepOutput(TypedDict, total=False):
     scores: dict[str, Tensor]
     demonstration_scores: dict[str, Tensor]
     score_clip: float | None
+    ranks_per_group: int
     rewards: Tensor
     accuracy: Tensor
 

@@ -52,4 +52,5 @@ class Game:
             "scores": {"perception": rolled_PG.detach()},
             "demonstration_scores": {"perception": chosen_P.detach()},
             "score_clip": 10.0,
+            "ranks_per_group": 1,
         }

@@ -12,7 +12,7 @@ import torch
 
 from callbacks import DiscriminatorHealth
 from prism_pl.health.features import length_features, surface_features
-from prism_pl.health.panel import SATURATED_MARGIN, ExpertPanel, Judged, judged
+from prism_pl.health.panel import SATURATED_MARGIN, ExpertPanel, Judged, joined, judged
 from prism_pl.health.shadow import OnlineRegression, Shadow, deviations, explained_variance
 from tests.style_game import Game
 from tests.test_callbacks import Stage, fit, read, scalars, step_outputs
@@ -189,6 +189,29 @@ def test_surface_does_not_see_length_or_values():
     assert len(surface_features("")) == len(surface_features(one))
 
 
+def test_groups_that_span_ranks_are_put_together():
+    whole = judged(Game(longer=1).step(num_prompts=2, num_rollouts=4))["perception"]
+    # Four ranks: two hold the first prompt, two the second, each two of its rollouts.
+    parts = [_part(whole, slice(p, p + 1), slice(g, g + 2)) for p in (0, 1) for g in (0, 2)]
+    again = joined(parts, ranks_per_group=2)
+    assert torch.equal(again.scores_PG, whole.scores_PG)
+    assert torch.equal(again.demonstration_P, whole.demonstration_P)
+    assert torch.equal(again.valid_PG, whole.valid_PG)
+    for name in whole.rollouts:
+        assert torch.equal(again.rollouts[name], whole.rollouts[name])
+        assert torch.equal(again.demonstrations[name], whole.demonstrations[name])
+
+
+def _part(step: Judged, prompts: slice, rollouts: slice) -> Judged:
+    return Judged(
+        step.scores_PG[prompts, rollouts],
+        step.demonstration_P[prompts],
+        step.valid_PG[prompts, rollouts],
+        {name: value[prompts, rollouts] for name, value in step.rollouts.items()},
+        {name: value[prompts] for name, value in step.demonstrations.items()},
+    )
+
+
 # The callback
 
 
@@ -236,7 +259,9 @@ def test_the_panel_is_logged_and_warns_once_with_the_numbers(tmp_path):
 def test_the_panel_needs_both_sides(tmp_path):
     outputs = step_outputs()
     del outputs["demonstrations"]
-    with pytest.raises(ValueError, match=r"callbacks\.DiscriminatorHealth needs demonstrations, score_clip"):
+    with pytest.raises(
+        ValueError, match=r"callbacks\.DiscriminatorHealth needs demonstrations, score_clip, ranks_per_group"
+    ):
         fit(tmp_path, [DiscriminatorHealth()], Stage(outputs))
     for options in ({"window": 1}, {"every_n_steps": 0}, {"accuracy_margin": 0.5}, {"max_explained": 0.0}):
         with pytest.raises(ValueError, match=next(iter(options))):

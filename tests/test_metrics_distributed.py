@@ -11,6 +11,7 @@ from torch.multiprocessing.spawn import start_processes
 from torchmetrics import Metric
 
 from prism_pl.chat import render
+from prism_pl.governor import pair_accuracy
 from prism_pl.health.panel import ExpertPanel, Judged, joined, judged
 from prism_pl.metrics import (
     BootstrapMean,
@@ -114,6 +115,12 @@ def panel_numbers(rows: slice) -> dict[str, float]:
     return numbers
 
 
+def governed_accuracy(rows: slice) -> float:
+    """What a governor decides by, of these pairs and other ranks': a win, a loss, a tie, three wins."""
+    demonstrations, rollouts = torch.tensor([1.0, 0, 1, 2, 2, 2]), torch.tensor([0.0, 1, 1, 1, 1, 1])
+    return pair_accuracy({"one": demonstrations[rows]}, {"one": rollouts[rows]}, torch.ones(6, dtype=torch.bool)[rows])
+
+
 def _run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -121,7 +128,9 @@ def _run_rank(rank: int, folder: str) -> None:
     update(uneven, range(2) if rank == 0 else range(2, NUM_PROMPTS))
     update(idle, range(NUM_PROMPTS) if rank == 1 else range(0))
     panel = panel_numbers(slice(0, 3) if rank == 0 else slice(3, None))
-    torch.save({"uneven": compute(uneven), "idle": compute(idle), "panel": panel}, Path(folder) / f"rank{rank}.pt")
+    results = {"uneven": compute(uneven), "idle": compute(idle), "panel": panel}
+    results["accuracy"] = governed_accuracy(slice(0, 2) if rank == 0 else slice(2, None))
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -135,4 +144,5 @@ def test_two_processes_equal_one_with_uneven_shares_and_with_an_idle_rank(tmp_pa
         results = torch.load(tmp_path / f"rank{rank}.pt")
         assert_same(results["uneven"])
         assert_same(results["idle"])
+        assert results["accuracy"] == governed_accuracy(slice(None)) == 4.5 / 6
         assert results["panel"] == pytest.approx(expected, rel=1e-9)

@@ -62,14 +62,26 @@ def judged(step: Mapping[str, Any]) -> dict[str, Judged]:
     return found
 
 
-def joined(parts: Sequence[Judged]) -> Judged:
-    """The prompts of several ranks as one step."""
+def joined(parts: Sequence[Judged], ranks_per_group: int = 1) -> Judged:
+    """What several ranks judged as one step.
+
+    Args:
+        parts: of the ranks, in order.
+        ranks_per_group: neighbours that hold the same prompts, each a part of their rollouts.
+    """
+
+    def whole(values: Sequence[Tensor]) -> Tensor:
+        """Of (P, G, ...) of each rank: neighbours' rollouts of a prompt side by side, then all prompts."""
+        firsts = range(0, len(values), ranks_per_group)
+        return torch.cat([torch.cat(list(values[first : first + ranks_per_group]), dim=1) for first in firsts])
+
+    prompts = parts[::ranks_per_group]
     return Judged(
-        torch.cat([part.scores_PG for part in parts]),
-        torch.cat([part.demonstration_P for part in parts]),
-        torch.cat([part.valid_PG for part in parts]),
-        {name: torch.cat([part.rollouts[name] for part in parts]) for name in SHADOWS},
-        {name: torch.cat([part.demonstrations[name] for part in parts]) for name in SHADOWS},
+        whole([part.scores_PG for part in parts]),
+        torch.cat([part.demonstration_P for part in prompts]),
+        whole([part.valid_PG for part in parts]),
+        {name: whole([part.rollouts[name] for part in parts]) for name in SHADOWS},
+        {name: torch.cat([part.demonstrations[name] for part in prompts]) for name in SHADOWS},
     )
 
 
