@@ -26,7 +26,7 @@ TABLES = (".parquet", ".arrow")
 KINDS = (*LINES, *ARRAYS, *TABLES)
 TEXT = "text"  # the column of a table of JSON lines
 # Pages of a mapped table count as this process's memory once they are read. Mapping it anew gives them back.
-READS_A_MAPPING = 4096
+READS_A_MAPPING = 1024
 FINGERPRINTED_ROWS = 16_384
 HASHED_BYTES = 4096  # of an image: as many tell images apart, and sets of them are large
 LONGEST_ROW = 1 << 26  # characters of one item of a JSON list

@@ -13,7 +13,7 @@ from datamodules import DemonstrationsDataModule
 from datamodules.batching import Batches, plan_batches
 from prism_pl.__main__ import main
 from prism_pl.batch import Example
-from prism_pl.data.facts import FactFinder, pixel_key, question_key
+from prism_pl.data.facts import FactFinder, looks, pixel_key, question_key
 from prism_pl.data.overlap import Split, overlap
 from prism_pl.data.report import histogram
 from prism_pl.policy import PolicySpec
@@ -170,8 +170,10 @@ def test_keys_tell_equal_images_and_questions():
 
 
 def test_images_that_look_alike_are_found_and_others_are_not(tmp_path):
-    photo = picture(3, (12, 16)).resize((640, 480))
-    photo.resize((320, 240)).save(tmp_path / "small.jpg", quality=80)
+    photo = picture(3, (24, 32)).resize((640, 480))
+    photo.resize((200, 150)).save(tmp_path / "small.jpg", quality=60)
+    differing = int.from_bytes(looks(photo), "big") ^ int.from_bytes(looks(Image.open(tmp_path / "small.jpg")), "big")
+    assert 0 < differing.bit_count() < 10
     drawing = Image.new("RGB", (200, 200), "white")
     ImageDraw.Draw(drawing).line([(20, 180), (180, 20)], "black", 5)
     other = Image.new("RGB", (200, 200), "white")
