@@ -145,9 +145,9 @@ def test_explained_variance_by_hand():
     shadow = Shadow(1, window=10**9)
     features_PGK = torch.tensor([[0.0, 2.0], [0.0, 2.0]], dtype=torch.float64)[..., None]  # deviations -1, 1, -1, 1
     shadow.scores.weights_K = torch.ones(1, dtype=torch.float64)
-    told = shadow.observe(features_PGK, torch.ones(2, 1, dtype=torch.float64), scores_PG.double(), valid_PG)
+    told = shadow.observe(features_PGK, torch.full((2, 1), 3.0, dtype=torch.float64), scores_PG.double(), valid_PG)
     assert (told["error"], told["total"]) == (2, 10)
-    assert told["wins"] == 2  # before it has learned anything every pair is a tie
+    assert told["wins"] == 2  # every pair is a tie before it has learned that 3 lies above 0 and 2
     # Ridge regression: (2 + 4 + prior) / (4 + 0.1) with the prior 0.1 at the weight it had, 1.
     assert shadow.scores.weights_K.item() == pytest.approx(1 + (6 - 4) / 4.1)
 
