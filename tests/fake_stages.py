@@ -102,7 +102,8 @@ def write_outputs(args: list[str], folder: Path, config: dict[str, Any]) -> None
     elif args[0] == "predict":
         rates = [0.0, 0.5, 1.0, 0.75]
         lines = [json.dumps({"id": f"row-{i}", "pass_rate": rate}) for i, rate in enumerate(rates)]
-        (folder / "pass_rates.jsonl").write_text("\n".join(lines) + "\n")
+        recipe = json.dumps({"recipe": {"data": None}})  # as `predict` writes it, first
+        (folder / "pass_rates.jsonl").write_text("\n".join([recipe, *lines]) + "\n")
     else:
         Path(args[args.index("--out") + 1]).write_text("# report\n")
 

@@ -1,13 +1,14 @@
 """What a finished stage left: hashes of its outputs, and what it measured."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from prism_pl.fingerprint import hash_path
 from prism_pl.ledger import Attempt, Entry
+from prism_pl.pass_rates import read_pass_rates
 from prism_pl.pipeline.graph import OUTPUTS
 from prism_pl.report.events import read_curves
 
@@ -79,10 +80,10 @@ def _evaluated(file: Path) -> dict[str, Any]:
 
 
 def _filtered(file: Path, keep: Sequence[float] | None) -> dict[str, Any]:
-    rates = [json.loads(line)["pass_rate"] for line in file.read_text().splitlines() if line.strip()]
+    rates = list(read_pass_rates(file).values())
     return {
         "prompts": len(rates),
-        "mean_pass_rate": sum(rates) / len(rates) if rates else math.nan,
+        "mean_pass_rate": fmean(rates),
         "keep": keep,
         "kept": None if keep is None else sum(keep[0] <= rate <= keep[1] for rate in rates),
         "none_right": sum(rate == 0 for rate in rates),
