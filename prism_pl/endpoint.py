@@ -1,30 +1,27 @@
-"""A teacher behind an OpenAI-compatible endpoint, and what it costs to ask it."""
+"""A language model behind an OpenAI-compatible endpoint: a teacher or a judge, and what it costs to ask it."""
 
 import asyncio
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-from prism_pl.batch import Example
-from prism_pl.images import image_part, open_image
-from prism_pl.processor import chat_messages
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
 
 LONGEST_WAIT = 60.0  # seconds
-# The endpoint will say the same to every row: the key, the address or the model's name is wrong, or the money is gone.
+# It will say the same to every request: the key, the address or the model's name is wrong, or the money is gone.
 FATAL = (401, 402, 403, 404, 405)
 PASSING = (408, 409, 425, 429)
 
 
-class TeacherRefused(ValueError):
-    """The endpoint does not answer this row, and will not."""
+class EndpointRefused(ValueError):
+    """The endpoint does not answer this request, and will not."""
 
 
-class TeacherGone(ConnectionError):
-    """The endpoint would refuse every row."""
+class EndpointGone(ConnectionError):
+    """The endpoint would refuse every request."""
 
 
 @dataclass
@@ -59,8 +56,8 @@ class Cost:
 
 
 @dataclass
-class Teacher:
-    """Answers questions about images.
+class Endpoint:
+    """Answers conversations.
 
     Args:
         url: of the endpoint, such as http://127.0.0.1:8000/v1.
@@ -93,21 +90,23 @@ class Teacher:
             connector=TCPConnector(limit=concurrency),
         )
 
-    async def ask(self, session: "ClientSession", example: Example) -> str:
-        """The teacher's response, which may be cut or empty.
+    async def ask(self, session: "ClientSession", messages: Sequence[dict[str, Any]], name: str) -> str:
+        """The response, which may be cut or empty.
+
+        Args:
+            messages: the conversation.
+            name: what is asked about, such as a row, for messages.
 
         Raises:
-            TeacherRefused: the endpoint refuses this row.
-            ValueError: one of the row's images cannot be used.
-            TeacherGone: the endpoint would refuse every row.
+            EndpointRefused: the endpoint refuses this request.
+            EndpointGone: it would refuse every request.
             ConnectionError: it does not answer this one for now, and all retries are spent.
         """
         from aiohttp import ClientError
 
-        parts = [image_part(open_image(image, example.id)) for image in example.images]
         body = {
             "model": self.model,
-            "messages": chat_messages(example, parts),
+            "messages": list(messages),
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
@@ -121,13 +120,13 @@ class Teacher:
                     trouble = await self._trouble(response)
                     wait = float(response.headers.get("Retry-After") or wait)
             except (ClientError, OSError, TimeoutError, ValueError, LookupError) as error:
-                if isinstance(error, TeacherRefused | TeacherGone):
+                if isinstance(error, EndpointRefused | EndpointGone):
                     raise
                 trouble = f"{type(error).__name__}: {error}"
             if attempt < self.retries:
                 self.cost.retries += 1
                 await asyncio.sleep(min(wait, LONGEST_WAIT))
-        raise ConnectionError(f"{self.url} did not answer row {example.id!r} in {self.retries + 1} tries ({trouble})")
+        raise ConnectionError(f"{self.url} did not answer {name} in {self.retries + 1} tries ({trouble})")
 
     def _text(self, answer: dict[str, Any]) -> str:
         self.cost.add(answer.get("usage"))
@@ -137,10 +136,10 @@ class Teacher:
         """What went wrong for the moment. Raises where trying again would not help."""
         said = f"status {response.status}: {' '.join((await response.text()).split())[:200]}"
         if response.status in FATAL:
-            raise TeacherGone(
-                f"{self.url} refuses the model {self.model!r} ({said}): check --endpoint, --teacher and the key in the "
-                f"environment variable {self.key_variable}"
+            raise EndpointGone(
+                f"{self.url} refuses the model {self.model!r} ({said}): check its address, the model's name there "
+                f"and the key in the environment variable {self.key_variable}"
             )
         if response.status < 500 and response.status not in PASSING:
-            raise TeacherRefused(said)
+            raise EndpointRefused(said)
         return said

@@ -212,7 +212,7 @@ def test_without_a_verdict_the_rules_stands_and_is_counted(endpoint, caplog):
     replies |= {"Candidate: one": "fails", "Candidate: two": "perhaps"}
     judge = JudgeModel(url, "judge", retries=0)
     assert judge([Asked("q", "r", answer) for answer in ("one", "two", "three")]) == [None, None, True]
-    assert "status 500: no memory; the rule's verdict stands" in caplog.text
+    assert "(status 500: no memory); the rule's verdict stands" in caplog.text
     assert after_judge(response(True), None)["judged"] == "silent"
     assert after_judge(response(True), None)["correct"] is True
 

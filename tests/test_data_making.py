@@ -23,7 +23,8 @@ from prism_pl.batch import Example
 from prism_pl.chat import SYSTEM_PROMPT, parse
 from prism_pl.data.distill import Distillation
 from prism_pl.data.store import Journal, read_journals
-from prism_pl.data.teacher import Cost, Teacher
+from prism_pl.endpoint import Cost
+from prism_pl.endpoint import Endpoint as Client
 from prism_pl.policy import PolicySpec
 from prism_pl.rollout.engine import Sampling
 from tests.conftest import DEMONSTRATION, make_examples
@@ -168,7 +169,7 @@ def test_other_settings_do_not_mix_and_half_a_line_is_asked_again(tmp_path):
 
 
 def test_rows_without_an_answer_are_kept_only_where_asked_for(tmp_path):
-    teacher = Teacher("http://127.0.0.1:9/v1", "a")
+    teacher = Client("http://127.0.0.1:9/v1", "a")
     row = Example("a", "Why?")
     assert "no answer to verify" in Distillation(teacher, tmp_path).unfit(RESPONSE, row)
     assert Distillation(teacher, tmp_path, unverified=True).unfit(RESPONSE, row) == ""

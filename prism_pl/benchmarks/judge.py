@@ -3,10 +3,11 @@ verdict either way. One that is asked about wrong answers alone can only raise a
 
 import asyncio
 import logging
-import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+from prism_pl.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -26,7 +27,6 @@ Another wording, unit sign or equivalent form of the reference is right; for a c
 answer that contradicts the reference, leaves out a part of it, or gives several answers is wrong.
 Reply with one word: right or wrong."""
 _VERDICT = re.compile(r"\b(right|wrong)\b", re.IGNORECASE)
-FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a request is tried again: doubled each time
 
 
 class Asked(NamedTuple):
@@ -66,8 +66,8 @@ class JudgeModel:
         missing = [part for part in ("{question}", "{reference}", "{answer}") if part not in prompt]
         if missing:
             raise ValueError(f"judge.prompt lacks {', '.join(missing)}: it is told the answer through them")
-        self.url, self.model, self.prompt, self.max_tokens = url.rstrip("/"), model, prompt, max_tokens
-        self.concurrency, self.retries, self.timeout, self.key_variable = concurrency, retries, timeout, key_variable
+        self.url, self.model, self.prompt, self.concurrency = url, model, prompt, concurrency
+        self.endpoint = Endpoint(url, model, 0.0, max_tokens, retries, timeout=timeout, key_variable=key_variable)
 
     def check(self) -> None:
         """One question, before anything is sampled. ConnectionError says what came instead of a verdict."""
@@ -75,7 +75,8 @@ class JudgeModel:
         if isinstance(reply, Exception) or read_verdict(reply) is None:
             raise ConnectionError(
                 f"judge {self.model!r} at {self.url} gave no verdict on a trial ({reply}): is the server running, does "
-                f"it know the model, and is its key in {self.key_variable}? Without a judge: --model.judge null"
+                f"it know the model, and is its key in {self.endpoint.key_variable}? Without a judge: "
+                "--model.judge null"
             )
 
     def __call__(self, asked: Sequence[Asked]) -> list[bool | None]:
@@ -87,38 +88,18 @@ class JudgeModel:
         return [None if isinstance(reply, Exception) else read_verdict(reply) for reply in replies]
 
     async def _ask(self, asked: Sequence[Asked]) -> list[str | Exception]:
-        from aiohttp import ClientSession, ClientTimeout
-
-        key = os.environ.get(self.key_variable)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # A request's time begins when it is made: those behind the connections' limit would spend theirs waiting.
         open_now = asyncio.Semaphore(self.concurrency)
-        async with ClientSession(headers=headers, timeout=ClientTimeout(total=self.timeout)) as session:
+        async with self.endpoint.session(self.concurrency) as session:
             return list(await asyncio.gather(*(self._one(session, open_now, one) for one in asked)))
 
     async def _one(self, session: "ClientSession", open_now: asyncio.Semaphore, one: Asked) -> str | Exception:
-        from aiohttp import ClientError
-
-        body = {
-            "model": self.model,
-            # Not str.format: questions are full of braces.
-            "messages": [{"role": "user", "content": filled(self.prompt, one)}],
-            "temperature": 0.0,
-            "max_tokens": self.max_tokens,
-        }
-        trouble: Exception = ConnectionError("not asked")
-        for attempt in range(self.retries + 1):
-            if attempt:
-                await asyncio.sleep(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT))
-            try:
-                async with open_now, session.post(f"{self.url}/chat/completions", json=body) as response:
-                    if response.status == 200:
-                        return (await response.json())["choices"][0]["message"]["content"] or ""
-                    trouble = ConnectionError(f"status {response.status}: {(await response.text()).strip()[:200]}")
-                    if response.status < 500 and response.status != 429:
-                        break
-            except (ClientError, OSError, TimeoutError, KeyError, IndexError, ValueError) as error:
-                trouble = ConnectionError(f"{type(error).__name__}: {error}")
-        return trouble
+        messages = [{"role": "user", "content": filled(self.prompt, one)}]
+        try:
+            async with open_now:
+                return await self.endpoint.ask(session, messages, f"about {one.answer[:40]!r}")
+        except (ValueError, ConnectionError) as error:
+            return error
 
 
 def filled(prompt: str, one: Asked) -> str:

@@ -20,10 +20,11 @@ from prism_pl.batch import Example
 from prism_pl.chat import parse
 from prism_pl.data.reading import DataOnlyCLI, read_split
 from prism_pl.data.store import Journal, read_journals, store_images
-from prism_pl.data.teacher import Cost, Teacher, TeacherGone, TeacherRefused
+from prism_pl.endpoint import Cost, Endpoint, EndpointGone, EndpointRefused
 from prism_pl.errors import UsageError
 from prism_pl.evaluation import write_lines
-from prism_pl.processor import IMAGE_MARK
+from prism_pl.images import image_part, open_image
+from prism_pl.processor import IMAGE_MARK, chat_messages
 from prism_pl.rewards import accuracy
 
 JOURNAL = "journal.jsonl"
@@ -50,7 +51,7 @@ def run(args: list[str]) -> None:
     options, rest = _parser().parse_known_args(args)
     cli = DataOnlyCLI(rest)
     cost = Cost(options.price_in, options.price_out)
-    teacher = Teacher(
+    teacher = Endpoint(
         options.endpoint,
         options.teacher,
         options.temperature,
@@ -101,7 +102,7 @@ class Distillation:
         unverified: keep well-formed responses to rows without an answer.
     """
 
-    teacher: Teacher
+    teacher: Endpoint
     folder: Path
     attempts: int = 1
     concurrency: int = 16
@@ -142,16 +143,17 @@ class Distillation:
         rejected = []
         for _ in range(self.attempts):
             try:
-                response = await self.teacher.ask(session, row)
+                parts = [image_part(open_image(image, row.id)) for image in row.images]
+                response = await self.teacher.ask(session, chat_messages(row, parts), f"row {row.id!r}")
             except ValueError as error:
-                refused = isinstance(error, TeacherRefused)
+                refused = isinstance(error, EndpointRefused)
                 reason = "refused by the endpoint" if refused else "image that cannot be used"
                 rejected.append({"reason": reason, "detail": str(error)})
                 break
             except ConnectionError as error:
                 self.failures += 1
                 self.unanswered.append(row.id)
-                if isinstance(error, TeacherGone) or self.failures >= MOST_FAILURES:
+                if isinstance(error, EndpointGone) or self.failures >= MOST_FAILURES:
                     raise
                 return
             self.failures = 0
