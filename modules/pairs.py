@@ -6,7 +6,6 @@ Output: pairs.jsonl in the run's folder, in the authors' columns, for `datamodul
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from prism_pl.batch import Example
 from prism_pl.chat import Parsed, parse, render
 from prism_pl.data.store import Journal, read_journals, store_images
 from prism_pl.evaluation import keep_earlier, write_lines
-from prism_pl.pass_rates import HasRecipe
+from prism_pl.pass_rates import measured_with
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling, generate_batch
@@ -122,12 +121,7 @@ class PairModule(LightningModule):
 
     def _settings(self) -> dict[str, Any]:
         datamodule = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        return {
-            "data": datamodule.row_recipe() if isinstance(datamodule, HasRecipe) else None,
-            "policy": self.spec.path,
-            "sampling": asdict(self.sampling),
-            "num_samples": self.num_samples,
-        }
+        return measured_with(datamodule, self.spec, self.sampling, self.num_samples)
 
 
 def _columns(side: str, parsed: Parsed) -> dict[str, str]:

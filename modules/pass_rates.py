@@ -6,7 +6,6 @@ Output: pass_rates.jsonl in the run's folder: a line of what was measured, and o
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from prism_pl.batch import Example
 from prism_pl.evaluation import gathered, keep_earlier, write_lines
-from prism_pl.pass_rates import PASS_RATES, HasRecipe, PassRate
+from prism_pl.pass_rates import PASS_RATES, PassRate, measured_with
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rewards import AccuracyFormatReward, Reward
 from prism_pl.rollout.engine import RolloutEngine, Sampling, generate_batch
@@ -112,12 +111,7 @@ class PassRateModule(LightningModule):
 
     def _recipe(self) -> dict[str, Any]:
         datamodule = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        return {
-            "data": datamodule.row_recipe() if isinstance(datamodule, HasRecipe) else None,
-            "policy": self.spec.path,
-            "sampling": asdict(self.sampling),
-            "num_samples": self.num_samples,
-        }
+        return measured_with(datamodule, self.spec, self.sampling, self.num_samples)
 
     def teardown(self, stage: str) -> None:
         self.engine.close()

@@ -10,8 +10,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
+
+if TYPE_CHECKING:
+    from prism_pl.policy import PolicySpec
+    from prism_pl.rollout.engine import Sampling
 
 PASS_RATES = "pass_rates.jsonl"
 KEPT_IDS = "kept_ids.json"
@@ -33,6 +38,16 @@ class HasRecipe(Protocol):
     recipe fit no rows of another, though their ids may be the same."""
 
     def row_recipe(self) -> dict[str, Any]: ...
+
+
+def measured_with(datamodule: object, policy: "PolicySpec", sampling: "Sampling", num_samples: int) -> dict[str, Any]:
+    """What samples of training rows were made of, in plain values: the recipe of the file that they go into."""
+    return {
+        "data": datamodule.row_recipe() if isinstance(datamodule, HasRecipe) else None,
+        "policy": policy.path,
+        "sampling": asdict(sampling),
+        "num_samples": num_samples,
+    }
 
 
 def read_recipe(file: Path) -> dict[str, Any] | None:
