@@ -17,10 +17,10 @@ from typing import Any, cast
 from lightning import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from datamodules.loading import ordered_loader
 from prism_pl.batch import Example
 from prism_pl.benchmarks import Benchmark
 from prism_pl.benchmarks.source import Rows
-from prism_pl.stop_request import leave_to_the_run
 
 
 class BenchmarkDataset(Dataset[Example]):
@@ -86,13 +86,9 @@ class BenchmarksDataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        return DataLoader(
-            ConcatDataset(self.test_rows),
-            batch_size=self.batch_size,
-            collate_fn=cast("Callable[[list[Example]], Any]", self.trainer.lightning_module.collator),
-            num_workers=self.num_workers,
-            worker_init_fn=leave_to_the_run,
-        )
+        collator = cast("Callable[[list[Example]], Any]", self.trainer.lightning_module.collator)
+        rows = ConcatDataset(self.test_rows)
+        return ordered_loader(rows, collator, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def is_right(self, answer: str, example: Example) -> bool:
         """By the rule of the example's benchmark (`prism_pl.evaluation.KnowsRightAnswers`)."""

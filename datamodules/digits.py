@@ -18,10 +18,9 @@ from datamodules.difficulty import check_keep, keep_by_difficulty
 from datamodules.digits_checks import DigitsSceneChecker, caption_items, check_steps, faithfulness, scene_items
 from datamodules.digits_questions import FAMILIES
 from datamodules.digits_rows import SYSTEM_PROMPT, DigitsDataset, Recipe, corpus, make_example
-from datamodules.loading import train_loader
+from datamodules.loading import ordered_loader, train_loader
 from prism_pl import chat
 from prism_pl.batch import Example
-from prism_pl.stop_request import leave_to_the_run
 
 __all__ = [
     "DigitsDataModule",
@@ -150,13 +149,7 @@ class DigitsDataModule(L.LightningDataModule):
         return self._in_order(self.all_train_rows)
 
     def _in_order(self, rows: Dataset[Example]) -> DataLoader:
-        return DataLoader(
-            rows,
-            batch_size=self.eval_batch_size,
-            collate_fn=self._collator(),
-            num_workers=self.num_workers,
-            worker_init_fn=leave_to_the_run,
-        )
+        return ordered_loader(rows, self._collator(), batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
     def _collator(self) -> Callable[[list[Example]], Any]:
         assert self.trainer is not None

@@ -13,12 +13,11 @@ from datamodules.batching import Batches, plan_batches
 from datamodules.difficulty import check_keep, keep_by_difficulty
 from datamodules.fields import Columns
 from datamodules.file_rows import FileRows, Reading, ReadRow, with_columns
-from datamodules.loading import train_loader
+from datamodules.loading import ordered_loader, train_loader
 from datamodules.sources import Source, open_source
 from prism_pl.bad_rows import ReadsBadRows, strict
 from prism_pl.chat import SYSTEM_PROMPT
 from prism_pl.checked import read_checked
-from prism_pl.stop_request import leave_to_the_run
 
 Sources = Source | str | list[Source | str]
 
@@ -164,6 +163,11 @@ class FilesDataModule(L.LightningDataModule):
                 "data: the files do not hold the rows that this run began with. Bring them back, or start anew with "
                 "--fresh"
             )
+        if state_dict["selection"] != self.selection():
+            raise ValueError(
+                f"data: this run began with the rows of {state_dict['selection']} and would go on with those of "
+                f"{self.selection()}: set them back, or start anew with --fresh"
+            )
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
@@ -197,13 +201,7 @@ class FilesDataModule(L.LightningDataModule):
         return self._in_order(Subset(self._rows["train"], rows))
 
     def _in_order(self, rows: Dataset[Any]) -> DataLoader:
-        return DataLoader(
-            rows,
-            batch_size=self.eval_batch_size,
-            collate_fn=self._collator(),
-            num_workers=self.num_workers,
-            worker_init_fn=leave_to_the_run,
-        )
+        return ordered_loader(rows, self._collator(), batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
     def _collator(self) -> Callable[[Any], Any]:
         assert self.trainer is not None

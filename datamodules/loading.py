@@ -94,3 +94,16 @@ def train_loader(
         drop_last=batch_size is not None,
         worker_init_fn=leave_to_the_run,
     )
+
+
+def ordered_loader(
+    rows: Dataset[Any], collator: Callable[[Any], Any], *, batch_size: int, num_workers: int = 0
+) -> DataLoader:
+    """Batches of all rows in order, for validation, test and measurements."""
+    return DataLoader(
+        rows,
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=num_workers,
+        worker_init_fn=leave_to_the_run,
+    )
