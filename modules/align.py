@@ -236,13 +236,13 @@ class AdversarialAlignModule(LightningModule):
         shape = (-1, self.num_rollouts)
         ranks = self.ranks_per_group
         scores_PG = {expert: scores_B.view(shape) for expert, scores_B in by_expert.items()}
-        valid_PG = scores.valid_B.view(shape)
         groups = {expert: whole_groups(values_PG, ranks) for expert, values_PG in scores_PG.items()}
-        shares = variance_shares(groups, whole_groups(valid_PG, ranks), self.advantage, self.alpha)
+        whole_valid_PG = whole_groups(scores.valid_B.view(shape), ranks)
+        shares = variance_shares(groups, whole_valid_PG, self.advantage, self.alpha)
         self.log_dict({f"align/variance_share/{e}": s for e, s in shares.items()}, batch_size=1, sync_dist=True)
         advantages, told = credited_advantages(
-            scores_PG,
-            valid_PG,
+            groups,
+            whole_valid_PG,
             sequences,
             self.processor,
             credit=self.credit,

@@ -12,7 +12,7 @@ from prism_pl.aggregation import Metrics
 from prism_pl.batch import SequenceBatch
 from prism_pl.chat import EXPERTS
 from prism_pl.processor import Processor
-from prism_pl.strategy import own_part, whole_groups
+from prism_pl.strategy import own_part
 
 Credit = Literal["response", "segment"]
 
@@ -41,22 +41,24 @@ def credited_advantages(
     """Advantages of B rollouts, (B,) for whole responses, (B, T) by segment, and their metrics.
 
     Args:
-        scores, valid_PG, mixing, alpha, malformed_penalty: see `prism_pl.advantages`.
-        batch: the rollouts as sampled, encoded by `processor`.
+        scores, valid_PG, mixing, alpha, malformed_penalty: see `prism_pl.advantages`; of whole groups.
+        batch: this rank's rollouts as sampled, encoded by `processor`.
         ranks: that share each group, each with its own rollouts of it; the metrics are then a rank's part of the count.
     """
-    groups = {expert: whole_groups(values_PG, ranks) for expert, values_PG in scores.items()}
-    whole_valid_PG = whole_groups(valid_PG, ranks)
+
+    def own(values_PG: Tensor) -> Tensor:
+        return own_part(values_PG, ranks).flatten()
+
     if credit == "segment":
-        by_expert, told = segment_advantages(groups, whole_valid_PG, mixing, alpha, malformed_penalty)
-        flat = {expert: own_part(advantages_PG, ranks).flatten() for expert, advantages_PG in by_expert.items()}
-        advantages = token_advantages(processor, batch, flat, valid_PG.flatten())
-    elif mixing == "paper":
-        advantages_PG, told = paper_advantages(groups, whole_valid_PG, alpha)
-        advantages = own_part(advantages_PG, ranks).flatten()
+        by_expert, told = segment_advantages(scores, valid_PG, mixing, alpha, malformed_penalty)
+        flat = {expert: own(advantages_PG) for expert, advantages_PG in by_expert.items()}
+        advantages = token_advantages(processor, batch, flat, own(valid_PG))
     else:
-        advantages_PG, told = released_advantages(groups, whole_valid_PG, alpha, malformed_penalty)
-        advantages = own_part(advantages_PG, ranks).flatten()
+        if mixing == "paper":
+            advantages_PG, told = paper_advantages(scores, valid_PG, alpha)
+        else:
+            advantages_PG, told = released_advantages(scores, valid_PG, alpha, malformed_penalty)
+        advantages = own(advantages_PG)
     return advantages, {name: value / ranks for name, value in told.items()}
 
 
