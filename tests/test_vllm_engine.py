@@ -3,6 +3,7 @@
 import gc
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,6 +240,19 @@ def test_finish_reasons_and_text(engine, processor, examples):
     assert "<|im_end|>" not in stopped.text
     (cut,) = engine.generate(examples[:1], 1, Sampling(temperature=0.0, max_tokens=5))
     assert (cut.finish_reason, cut.response_ids) == ("length", stopped.response_ids[:5])
+
+
+def test_a_gpu_too_full_to_wake_on_is_said_with_the_way_out(monkeypatch):
+    def full(tags):
+        raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:163")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 << 30, 140 << 30))
+    engine = VLLMEngine()
+    engine.launched = SimpleNamespace(llm=SimpleNamespace(wake_up=full))
+    with pytest.raises(EngineStopped, match=r"kv_cache.*2\.0 of 140\.0 GiB.*gpu_memory.*park_optimizer_states"):
+        engine._wake("kv_cache")
+    with pytest.raises(EngineStopped, match="no room for it to wake"):
+        engine._wake("kv_cache")  # nothing is trained on an engine in between
 
 
 def test_a_sleeping_engine_wakes_with_the_weights_of_now(engine, policy, processor, examples):

@@ -245,7 +245,18 @@ class VLLMEngine:
     def _wake(self, part: Literal["weights", "kv_cache"]) -> None:
         # vLLM takes this memory from the device, and training's freed blocks lie in torch's cache.
         torch.cuda.empty_cache()
-        self._llm.wake_up(tags=[part])
+        try:
+            self._llm.wake_up(tags=[part])
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            self.dead = "the GPU had no room for it to wake"
+            free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+            raise EngineStopped(
+                f"vLLM could not take its {part} back beside the training: {free:.1f} of {total:.1f} GiB are free. "
+                "Lower rollout.init_args.gpu_memory or micro_batch_tokens, or under DeepSpeed set "
+                "trainer.strategy.init_args.park_optimizer_states"
+            ) from error
 
     def _forget_prompts(self) -> None:
         """Keys, values and image features of earlier prompts."""
