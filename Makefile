@@ -65,7 +65,8 @@ assets: setup
 	$(RUN) fit --config configs/warmup.yaml --trainer.default_root_dir $(ASSETS)/warmup \
 		--model.policy.path $(ASSETS)/sft/export --model.discriminator.path $(ASSETS)/sft/export
 	for pair in pretrain:base sft:sft warmup:discriminator; do \
-		rm -rf "assets/$${pair#*:}" && cp -R "$(ASSETS)/$${pair%%:*}/export" "assets/$${pair#*:}" || exit 1; \
+		rm -rf "assets/$${pair#*:}" && cp -R "$(ASSETS)/$${pair%%:*}/export" "assets/$${pair#*:}" \
+			&& rm -f "assets/$${pair#*:}/README.md" "assets/$${pair#*:}/prism.json" || exit 1; \
 	done
 
 # Runs are results: clean leaves runs/ alone.

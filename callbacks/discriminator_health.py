@@ -125,7 +125,7 @@ class DiscriminatorHealth(Callback):
                 f"The discriminator may be rewarding style. Over the last {self.window} steps {'; '.join(flagged)}. "
                 f"(Flagged within {self.accuracy_margin:.0%} of its accuracy, or above {self.max_explained:.0%} of the "
                 "variance.) Where longer or otherwise written is not better, look at the responses beside their "
-                "demonstrations (callbacks.Completions); a longer SFT evens out style before the game."
+                "demonstrations (callbacks.Completions)."
             )
 
     def _draw(self, trainer: Trainer, expert: str, seen: Judged) -> None:

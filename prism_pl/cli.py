@@ -192,7 +192,8 @@ class PrismCLI(LightningCLI):
         names = [stage_of(Path(str(file.absolute))) for file in files]
         # How a run is spread over devices is no other run: its folder is the same, and it is told where it cannot go
         # on.
-        stage = "+".join(name for name in names if not name.startswith("strategy/")) or str(self.subcommand)
+        first, *others = [name for name in names if not name.startswith("strategy/")] or [str(self.subcommand)]
+        stage = "+".join([first, *(Path(name).name for name in others)])
         if self.subcommand == "fit" and str(config.trainer.precision) in HALF_WEIGHTS:
             raise UsageError(
                 f"trainer.precision is {config.trainer.precision}: steps of a small learning rate round to nothing on "
