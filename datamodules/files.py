@@ -18,6 +18,7 @@ from datamodules.sources import Source, open_source
 from prism_pl.bad_rows import ReadsBadRows, strict
 from prism_pl.chat import SYSTEM_PROMPT
 from prism_pl.checked import read_checked
+from prism_pl.fingerprint import hash_value
 
 Sources = Source | str | list[Source | str]
 
@@ -118,6 +119,15 @@ class FilesDataModule(L.LightningDataModule):
             )
             self._lengths = None if self._lengths is None else self._lengths[filtered.indices]
             self.train_rows = filtered
+            kept = [kept[index] for index in filtered.indices]
+        self._trained_on = {"count": len(kept), "hash": hash_value([kept, self._told_lengths()])[:16]}
+
+    def _told_lengths(self) -> list[int] | None:
+        """What batches are made of; None where they are not made by length."""
+        if not (self.group_by_length or self.batch_tokens is not None):
+            return None
+        assert self._lengths is not None
+        return self._lengths.tolist()
 
     def _without_excluded(self) -> list[int]:
         """The training rows that the check leaves in, whose lengths are then known."""
@@ -155,7 +165,7 @@ class FilesDataModule(L.LightningDataModule):
         return {"num_rows": len(self._train_indices), **held_out}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.row_recipe() | {"selection": self.selection()}
+        return self.row_recipe() | {"selection": self.selection(), "trained_on": self._trained_on}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["rows"] != self.row_recipe()["rows"]:
@@ -168,6 +178,18 @@ class FilesDataModule(L.LightningDataModule):
                 f"data: this run began with the rows of {state_dict['selection']} and would go on with those of "
                 f"{self.selection()}: set them back, or start anew with --fresh"
             )
+        before, now = state_dict["trained_on"], self._trained_on
+        if before != now:
+            raise ValueError(
+                f"data: this run began with {before['count']} rows, and {self._filters()} now leaves {now['count']}, "
+                "not the same ones in batches of the same lengths. Bring the earlier files back, or start anew with "
+                "--fresh"
+            )
+
+    def _filters(self) -> str:
+        """The files that say which rows are trained on."""
+        given = {"data.check_folder": self.check_folder, "data.pass_rates": self.pass_rates}
+        return " with ".join(f"{key} {path}" for key, path in given.items() if path is not None) or "this data"
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None

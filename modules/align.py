@@ -28,7 +28,7 @@ from prism_pl.governor import Governor, Plan, pair_accuracy, scaled_rate
 from prism_pl.lora import whole_parameters
 from prism_pl.losses import soft_clip
 from prism_pl.mismatch import MismatchCorrection
-from prism_pl.optim import Schedule, check_finite, lr_scheduler
+from prism_pl.optim import Schedule, build_optimizer, check_finite, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.policy_loss import PolicyLoss, ReleasedGRPO
@@ -332,8 +332,8 @@ class AdversarialAlignModule(LightningModule):
         return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
-        policy = self.policy_optimizer(p for p in self.policy.parameters() if p.requires_grad)
-        discriminator = self.discriminator_optimizer(p for p in self.discriminator.parameters() if p.requires_grad)
+        policy = build_optimizer(self.policy_optimizer, self.policy, "policy_optimizer")
+        discriminator = build_optimizer(self.discriminator_optimizer, self.discriminator, "discriminator_optimizer")
         steps = self.trainer.estimated_stepping_batches
         schedulers = [lr_scheduler(each, self.schedule, self.warmup, steps) for each in (policy, discriminator)]
         return [policy, discriminator], schedulers

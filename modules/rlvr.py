@@ -22,7 +22,7 @@ from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.groups import Group, GroupBuffer, groups_worth_training, make_groups, shuffled_minibatches
 from prism_pl.lora import whole_parameters
 from prism_pl.mismatch import MismatchCorrection
-from prism_pl.optim import Schedule, check_finite, lr_scheduler
+from prism_pl.optim import Schedule, build_optimizer, check_finite, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.policy_loss import DrGRPO, PolicyLoss, ReleasedGRPO
@@ -330,7 +330,7 @@ class RLVRModule(LightningModule):
         return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)
+        optimizer = build_optimizer(self.optimizer, self.policy)
         steps = total_steps(self.trainer, self.updates_per_batch * self.num_minibatches)
         return [optimizer], [lr_scheduler(optimizer, self.schedule, self.warmup, steps)]
 

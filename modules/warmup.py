@@ -24,7 +24,7 @@ from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.losses import soft_clip
-from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
+from prism_pl.optim import Schedule, build_optimizer, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
@@ -192,7 +192,7 @@ class DiscriminatorModule(LightningModule):
         return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(p for p in self.discriminator.parameters() if p.requires_grad)
+        optimizer = build_optimizer(self.optimizer, self.discriminator)
         scheduler = lr_scheduler(optimizer, self.schedule, self.warmup, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -52,6 +52,11 @@ class PolicySpec:
     def processor(self) -> Processor:
         """The tokenizer and image processor at `path`."""
         check_policy_path(self.path)
+        if (Path(self.path) / "discriminator.json").exists():
+            raise UsageError(
+                f"policy.path {self.path!r} is a discriminator: name the export/ folder of a policy's run, such as "
+                "runs/sft/export, and this one as discriminator.path"
+            )
         return Processor.from_path(self.path, self.max_pixels)
 
 
@@ -151,7 +156,9 @@ def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
     )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(f"{path!r} lacks {len(missing)} weights of its own config, e.g. {missing[0]!r}")
+        raise ValueError(
+            f"{path!r} lacks {len(missing)} weights of its own config, e.g. {missing[0]!r}: export or download it anew"
+        )
     for name, held, wanted in info["mismatched_keys"]:
         raise ValueError(
             f"{path!r} holds {name!r} of the shape {tuple(held)}, and its own config wants {tuple(wanted)}: export or "

@@ -92,6 +92,8 @@ def test_file_that_hides_our_package_is_named(folder):
         ([], "A command is missing"),
         (["--config", "dummy.yaml", "fit"], "The command comes first"),
         (["test", "--fresh"], "--fresh belongs to fit"),
+        (["fit"], "Nothing sets data, model. Name a configuration (--config align.yaml)"),
+        (["fit", "--config", "algn.yaml"], "Did you mean align.yaml? All shipped ones: python -m prism_pl --help"),
     ],
 )
 def test_wrong_command_is_one_message(args, said, capsys):
@@ -105,6 +107,7 @@ def test_wrong_command_is_one_message(args, said, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--trainer.max_step", "3"], "no key trainer.max_step. Did you mean trainer.max_steps?"),
         (["--trainer.max_stepz", "3"], "no key trainer.max_stepz. Did you mean trainer.max_steps?"),
         (["--trainr.max_steps", "3"], "Did you mean trainer.max_steps?"),
         (["--model.init_args.alpa", "1"], "model.init_args.alpa: DummyModule takes no alpa. Did you mean alpha?"),
@@ -138,7 +141,8 @@ def test_wrong_option_names_the_key_and_the_nearest(options, said, folder, capsy
         ("optim.SGD", "optim.SGDD", "torch.optim has no SGDD. Did you mean torch.optim.SGD?"),
         ("lr:", "lrr:", "model.init_args.optimizer.init_args.lrr: SGD takes no lrr. Did you mean lr?"),
         ("{path: ./weights}", "{}", "tests.dummy_system.DummyModule needs policy.path, which nothing sets"),
-        ("max_steps: 2,", "max_steps: 2", "Problems parsing config"),
+        ("max_steps: 2,", "max_steps: 2", "wrong.yaml: This is no YAML: line"),
+        ("trainer:", "trainer", "wrong.yaml: This is no YAML: line"),
     ],
 )
 def test_wrong_yaml_names_the_file_the_key_and_the_nearest(right, wrong, said, folder, capsys):
@@ -148,6 +152,7 @@ def test_wrong_yaml_names_the_file_the_key_and_the_nearest(right, wrong, said, f
     error = capsys.readouterr().err
     error = error[error.rindex("error: ") :]
     assert said in error
+    assert len(error.strip().splitlines()) == 1
     assert "wrong.yaml" in error or "needs policy.path" in error
     assert len(error) < 700
 
