@@ -260,7 +260,7 @@ def test_malformed_demonstration_is_named_with_what_is_wrong(folder, capsys, mon
             "model.optimizer: Invalid learning rate: -1.0. Set it there, as in --model.optimizer.lr",
         ),
         ("align", "policy_optimizer.lr -1", "error: model.policy_optimizer: Invalid learning rate"),
-        ("sft", "freeze ['*']", "model.optimizer: every weight is frozen, so nothing is trained"),
+        ("sft", "freeze [model.*]", "model.optimizer: every weight is frozen, so nothing is trained"),
         ("sft", "optimizer.lr abc", "model.init_args.optimizer.init_args.lr: 'abc' is no float."),
         ("sft", "optimizer torch.optim.AdamWW", "Did you mean torch.optim.AdamW?"),
         ("evaluate", "num_samples 3", "give 1 sample or a temperature"),

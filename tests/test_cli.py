@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from prism_pl.__main__ import main
-from prism_pl.run_folder import fresh_folder, write_config
+from prism_pl.folders import checkpoint_name
+from prism_pl.run_folder import default_folder, fresh_folder, write_config
 from prism_pl.shipped import find_config, resolve_paths, shipped_root, stage_of
 
 ROOT = Path(__file__).parent.parent
@@ -348,6 +349,29 @@ def test_earlier_configs_keep_their_text(tmp_path):
     for text in ("a", "b", "b", "c"):
         write_config(path, text)
     assert [path.read_text(), *(path.with_stem(f"config-{n}").read_text() for n in (1, 2))] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [
+        ("runs/align/export", "align"),
+        ("/a/runs/rlvr-2/export-best/", "rlvr-2-best"),
+        ("assets/sft", "sft"),
+        ("Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL-4B-Instruct"),
+        ("runs/exported", "exported"),
+    ],
+)
+def test_a_policy_is_called_by_its_run_and_so_is_its_evaluations_folder(policy, name):
+    assert checkpoint_name(policy) == name
+    assert default_folder("test", ["evaluate"], name) == Path(f"runs/evaluate-{name}")
+
+
+def test_a_default_folder_is_named_after_the_configs():
+    assert default_folder("fit", ["strategy/zero2", "qwen3vl-4b/sft", "qwen3vl-4b/sft-2gpus"]) == Path(
+        "runs/qwen3vl-4b/sft+sft-2gpus"
+    )
+    assert default_folder("fit", []) == Path("runs/fit")
+    assert default_folder("test", ["benchmarks", "sampling/paper"], "a/b") == Path("runs/benchmarks+paper-a-b")
 
 
 def test_ranks_agree_on_a_fresh_folder(folder, monkeypatch):
