@@ -1,6 +1,7 @@
 """How far each checkpoint's responses lie from the supervision's: table and figure of the drift meter."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from prism_pl.report.evaluation_figures import Panel, interval_panels
 from prism_pl.report.figures import Figures
@@ -60,7 +61,8 @@ def drift(figures: Figures, runs: Sequence[Run], evaluations: Evaluations, split
         )
     prompts = {e.settings["drift"]["num_prompts"] for e in measured.values()}
     limit = "all" if None in prompts else max(prompts)
-    note = NOTE.format(embedder=f"`{embedders.pop()}`", prompts=limit).replace("at most all", "all")
+    embedder = "/".join(Path(embedders.pop()).parts[-2:])  # a hub name, or a folder without its place on this machine
+    note = NOTE.format(embedder=f"`{embedder}`", prompts=limit).replace("at most all", "all")
     caption = f"Drift from the supervision, {split} prompts, 95% intervals; n/a: nothing to measure"
     shown = interval_panels(figures, runs, split, PANELS, f"drift-{split}", caption) if drawn else []
     return [*shown, *metrics_table(measured, split, COLUMNS), "", note]
