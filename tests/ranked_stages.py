@@ -22,7 +22,7 @@ from modules.sft import SFTModule
 from modules.warmup import DiscriminatorModule
 from prism_pl.chat import render
 from prism_pl.checkpoint_files import LastCheckpoints
-from prism_pl.discriminator import DedicatedMoEDiscriminator, SparseMoEDiscriminator
+from prism_pl.discriminator import DedicatedMoEDiscriminator, DenseDiscriminator, SparseMoEDiscriminator
 from prism_pl.last_checkpoint import LastCheckpoint
 from prism_pl.lora import LoraSpec
 from prism_pl.policy import PolicySpec
@@ -121,6 +121,17 @@ class Sparse(SparseMoEDiscriminator):
         return super()._heads(path, init_heads)
 
 
+class Whole(DenseDiscriminator):
+    """With the same heads, however numbers were drawn before."""
+
+    def __init__(self) -> None:
+        super().__init__(POLICY, init_heads=True, segments="whole", dropout=0.0)
+
+    def _heads(self, path, init_heads):
+        torch.manual_seed(6)
+        return super()._heads(path, init_heads)
+
+
 class StopAfter(Callback):
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -170,6 +181,7 @@ def train(
     weights_only: bool = False,
     poison: tuple[int, int, str] | None = None,
     sparse: bool = False,
+    whole: bool = False,
     lora: bool = False,
     kl: dict[str, Any] | None = None,
     stop_after: int | None = None,
@@ -184,6 +196,7 @@ def train(
         kill: the rank to kill, and at which batch.
         poison: the rank and the batch at which a network's gradients become NaN, and the network.
         sparse: the release's discriminator, with a router.
+        whole: GAD's, which reads a response in one pass.
         lora: train adapters of the policy.
         kl: `KLPenalty`.
         stop_after: so many steps of a run that was meant to be longer.
@@ -201,7 +214,9 @@ def train(
     ranks_per_group = num_ranks if shared_group else 1
     extra = (extra or {}) | ({"kl": KLPenalty(**kl)} if kl else {})
     policy = PolicySpec(POLICY, lora=LoraSpec(rank=4) if lora else None)
-    judge = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
+    judge: Any = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
+    if whole:
+        judge = Whole
     module, names = STAGES[stage](policy, judge, engine, OPTIMIZERS[optimizer], ranks_per_group, extra)
     record, keep = Record(), Keep(*names)
     events: list[Callback] = [StopAfter(stop_after)] if stop_after else []

@@ -101,6 +101,15 @@ def test_ranks_that_route_to_other_experts_train_what_one_process_trains(told_of
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_with_one_sequence_to_score_keeps_step(told_of, stage):
+    # In the second step all of one rank's rollouts are malformed: the demonstration is left, and pieces without a row.
+    options = {"whole": True, "extra": {"micro_batch_tokens": 150}}
+    told = told_of(2, strategy=stage, **options)
+    assert_same_training(told, told_of(1, **options), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_reference_is_whole_on_every_rank(told_of, stage):
     kl = {"coefficient": 0.5, "place": "loss", "kind": "k2"}
     told = told_of(2, strategy=stage, kl=kl)

@@ -162,6 +162,21 @@ def test_a_captions_loss_gives_the_reasoning_expert_no_gradient(random_policy):
             assert sum(f".{silent}." in n for n in largest) == 4 * 3 + 1  # three weights a layer and a head
 
 
+def test_a_rank_with_one_sequence_computes_its_pieces_again_as_the_others_do(random_policy, monkeypatch):
+    # The other of two ranks has two pieces; here the second holds no row. At ZeRO-3 each pass gathers weights.
+    monkeypatch.setattr("prism_pl.batch.world_size", lambda: 2)
+    monkeypatch.setattr("prism_pl.batch.global_max", lambda own: torch.full_like(own, 2))
+    judge = build(DenseDiscriminator, random_policy, segments="whole", dropout=0.0)
+    passes = []
+    judge.register_forward_pre_hook(lambda *_: passes.append(1))
+    for micro_batch_tokens, expected in ((300, (2, 4)), (None, (1, 1))):
+        passes.clear()
+        scores = scores_of(judge, [DEMONSTRATION], training=True, micro_batch_tokens=micro_batch_tokens)
+        forward = len(passes)
+        stacked(scores).sum().backward()
+        assert (forward, len(passes)) == expected
+
+
 def test_experts_start_as_the_dense_mlps_and_part_ways(random_policy):
     one = build(DenseDiscriminator, random_policy)
     judge = build(DedicatedMoEDiscriminator, random_policy)
