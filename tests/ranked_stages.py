@@ -109,6 +109,18 @@ class Poison(Callback):
             norm.register_full_backward_hook(lambda module, grads, outs: tuple(g * float("nan") for g in grads))
 
 
+def fill_disk(part: str) -> None:
+    """Let this process write no file whose name has this part."""
+    save = torch.save
+
+    def failing(state: Any, file: Any, *args: Any, **options: Any) -> None:
+        if part in str(getattr(file, "name", file)):
+            raise OSError(28, "No space left on device")
+        save(state, file, *args, **options)
+
+    torch.save = failing
+
+
 class Sparse(SparseMoEDiscriminator):
     """Upcycled with the same random numbers, however they were drawn before."""
 
@@ -180,6 +192,7 @@ def train(
     ckpt: str | None = None,
     weights_only: bool = False,
     poison: tuple[int, int, str] | None = None,
+    full_disk: tuple[int, str] | None = None,
     sparse: bool = False,
     whole: bool = False,
     lora: bool = False,
@@ -195,6 +208,7 @@ def train(
         saved: keep the last checkpoints, of every step.
         kill: the rank to kill, and at which batch.
         poison: the rank and the batch at which a network's gradients become NaN, and the network.
+        full_disk: the rank that cannot write files with this in their names.
         sparse: the release's discriminator, with a router.
         whole: GAD's, which reads a response in one pass.
         lora: train adapters of the policy.
@@ -205,6 +219,8 @@ def train(
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    if full_disk and full_disk[0] == rank:
+        fill_disk(full_disk[1])
     per_step = 1 if shared_group else 2
     script = SCRIPT if not shared_group else SCRIPT[:4] + SCRIPT[8:12] + SCRIPT[16:20]
     size = 4 * per_step

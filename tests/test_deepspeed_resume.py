@@ -41,6 +41,17 @@ def assert_whole_folder(last: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["rank-1.ckpt", "optim_states"])
+def test_a_full_disk_on_one_rank_is_an_error_on_all_and_they_do_not_wait(ranks, tmp_path, part):
+    started = time.time()
+    codes, screen = ranks.codes(tmp_path, 2, strategy=2, saved=True, full_disk=(1, part), **ADAM)
+    assert codes == [1, 1]
+    assert time.time() - started < 300  # the group's time-out is 30 minutes
+    assert screen.count("could not be written (No space left on device)") >= 2
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(ranks, told_of, tmp_path, stage, before, after):

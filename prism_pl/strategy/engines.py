@@ -5,7 +5,7 @@ import importlib
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -205,3 +205,32 @@ def park(engine: Any) -> None:
         device=OffloadDeviceEnum.cpu,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def save_shards(engine: Any, folder: str, tag: str) -> None:
+    """Write an engine's shards. Every rank comes here, and whatever stops one from writing its files is raised there
+    once all are through: DeepSpeed lets ranks wait for each other between its files."""
+    failures: list[Exception] = []
+
+    def kept(act: Callable[..., Any]) -> Callable[..., Any]:
+        def tried(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return act(*args, **kwargs)
+            except Exception as error:
+                failures.append(error)
+
+        return tried
+
+    # What touches the disk, each to be tried. The scripts that are copied along are not needed: `consolidated` reads.
+    writer = engine.checkpoint_engine
+    writer.save, writer.makedirs, engine._copy_recovery_script = (
+        kept(writer.save),
+        kept(writer.makedirs),
+        lambda _: None,
+    )
+    try:
+        engine.save_checkpoint(folder, tag=tag, save_latest=False)
+    finally:
+        del writer.save, writer.makedirs, engine._copy_recovery_script
+    if failures:
+        raise failures[0]
