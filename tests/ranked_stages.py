@@ -54,7 +54,11 @@ ON_ROLLOUTS: dict[str, Any] = {
     "schedule": "linear",
     "warmup": 1,
 }
-OPTIMIZERS = {"SGD": partial(torch.optim.SGD, lr=0.05), "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)}
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, lr=0.05),
+    "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01),
+    "still": partial(torch.optim.SGD, lr=0.0),
+}
 
 
 class Replayed(ScriptedEngine):

@@ -89,6 +89,21 @@ def test_another_strategy_goes_on_with_the_networks_alone(ranks, told_of, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_master_weights_start_from_the_float32_ones_and_not_from_their_rounding(ranks, told_of, tmp_path, stage):
+    # Upcycled experts with noise and fresh heads, which bf16 rounds; steps of no size; read back in float32.
+    options = {"sparse": True, "optimizer": "still"}
+    ranks(tmp_path, 2, strategy=stage, precision="bf16-mixed", saved=True, stop_after=1, **options)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    told, expected = ranks(tmp_path / "one", 1, ckpt=last, weights_only=True, **options), told_of(1, **options)
+    rounded = [name for name, weight in expected["weights"].items() if not torch.equal(weight.bfloat16(), weight)]
+    assert any("heads" in name for name in rounded)
+    assert any("experts" in name for name in rounded)
+    for name, weight in expected["weights"].items():
+        assert torch.equal(told["weights"][name], weight), name
+
+
+@pytest.mark.slow
 def test_a_file_of_one_process_goes_on_under_engines_with_the_networks_alone(ranks, told_of, tmp_path):
     ranks(tmp_path, 1, saved=True, stop_after=2)
     last = str(tmp_path / "checkpoints" / "last.ckpt")

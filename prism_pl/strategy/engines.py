@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from prism_pl.lora import has_lora
 from prism_pl.optim import clip_gradients
 from prism_pl.parent import end_with_parent
-from prism_pl.strategy.sharding import is_sharded
+from prism_pl.strategy.sharding import finer_than_bf16, is_sharded, restore_masters
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -113,9 +113,10 @@ def check_clipping(trainer: Trainer) -> None:
 
 
 def start_engine(network: nn.Module, optimizer: Optimizer, config: dict[str, Any]) -> Any:
-    """The engine of a trained network."""
+    """The engine of a trained network. Its master weights are the network's float32 ones."""
     import deepspeed
 
+    finer = finer_than_bf16(network) if config["bf16"]["enabled"] else {}
     _prepare(network, config)
     parameters: Any = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     engine, *_ = deepspeed.initialize(
@@ -126,6 +127,8 @@ def start_engine(network: nn.Module, optimizer: Optimizer, config: dict[str, Any
         config=config,
         dist_init_required=False,
     )
+    if config["bf16"]["enabled"]:
+        restore_masters(network, finer)  # they are made of weights that are rounded already
     return engine
 
 
