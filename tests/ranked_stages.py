@@ -9,7 +9,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -27,9 +27,10 @@ from prism_pl.last_checkpoint import LastCheckpoint
 from prism_pl.lora import LoraSpec
 from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import GRPO
-from prism_pl.rollout import TransformersEngine
+from prism_pl.rollout import TransformersEngine, VLLMEngine
 from prism_pl.rollout.engine import Sampling
 from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, gathered
+from prism_pl.strategy.sharding import is_sharded, whole_numel
 from prism_pl.strategy.weights_only import NetworksOnly
 from prism_pl.updates import KLPenalty
 from tests.conftest import make_examples
@@ -59,6 +60,11 @@ OPTIMIZERS = {
     "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01),
     "still": partial(torch.optim.SGD, lr=0.0),
 }
+
+
+SAMPLERS: dict[str, Any] = {"transformers": TransformersEngine, "vllm": VLLMEngine}
+# Of each network, once it is built and has no engine yet: how many weights this rank holds, and how many there are.
+BUILT: dict[str, list[int]] = {}
 
 
 class Replayed(ScriptedEngine):
@@ -175,7 +181,18 @@ def strategy_of(kind: Any, engines: dict[str, Any] | None, **options: Any) -> An
     if isinstance(kind, str):
         return kind
     chosen = {name: EngineOptions(**each) for name, each in (engines or {}).items()}
-    return MultiEngineDeepSpeedStrategy(stage=kind, engines=chosen, **options)
+    strategy: Any = MultiEngineDeepSpeedStrategy(stage=kind, engines=chosen, **options)
+    setup = strategy.setup
+
+    def noting(trainer: L.Trainer) -> None:
+        for name, network in strategy.model.named_children():
+            weights: list[Any] = list(network.parameters())
+            held = sum(p.ds_tensor.numel() if is_sharded(p) else p.numel() for p in weights)
+            BUILT[name] = [held, sum(map(whole_numel, weights))]
+        setup(trainer)
+
+    strategy.setup = noting
+    return strategy
 
 
 def train(
@@ -189,7 +206,7 @@ def train(
     optimizer: str = "SGD",
     precision: str = "32-true",
     shared_group: bool = False,
-    sampled: bool = False,
+    sampled: Literal["transformers", "vllm"] | None = None,
     extra: dict[str, Any] | None = None,
     saved: bool = False,
     kill: tuple[int, int] | None = None,
@@ -203,11 +220,12 @@ def train(
     kl: dict[str, Any] | None = None,
     stop_after: int | None = None,
 ) -> None:
-    """Train a stage, and leave `told.pt`: what each step logged, and the weights at the end.
+    """Train a stage, and leave `told.pt`: what each step logged, the weights at the end, and under engines what was
+    `built`.
 
     Args:
         options: of `MultiEngineDeepSpeedStrategy`.
-        sampled: rollouts of the live policy in place of replayed ones.
+        sampled: rollouts of the live policy by an engine in place of replayed ones.
         extra: of the module.
         saved: keep the last checkpoints, of every step.
         kill: the rank to kill, and at which batch.
@@ -230,7 +248,7 @@ def train(
     size = 4 * per_step
     share = size // num_ranks
     mine = [script[s * size + rank * share + i] for s in range(NUM_STEPS) for i in range(share)]
-    engine = TransformersEngine() if sampled else Replayed(mine)
+    engine = SAMPLERS[sampled]() if sampled else Replayed(mine)
     ranks_per_group = num_ranks if shared_group else 1
     extra = (extra or {}) | ({"kl": KLPenalty(**kl)} if kl else {})
     policy = PolicySpec(POLICY, lora=LoraSpec(rank=4) if lora else None)
@@ -267,7 +285,8 @@ def train(
     module.export(folder / "export")
     if rank == 0:
         steps = [{key: value for key, value in step.items() if "time/" not in key} for step in record.steps]
-        torch.save({"steps": steps, "weights": keep.weights}, folder / "told.pt")
+        told = {"steps": steps, "weights": keep.weights, "built": BUILT}
+        torch.save(told, folder / "told.pt")
 
 
 def _align(policy: Any, judge: Any, engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:
