@@ -178,6 +178,35 @@ def backward(engine: Any, loss: Tensor) -> None:
     engine.backward(loss)
 
 
+def save_shards(engine: Any, folder: str, tag: str) -> None:
+    """Write an engine's shards. Every rank comes here, and whatever stops one from writing its files is raised there
+    once all are through: DeepSpeed lets ranks wait for each other between its files."""
+    failures: list[Exception] = []
+
+    def kept(act: Callable[..., Any]) -> Callable[..., Any]:
+        def tried(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return act(*args, **kwargs)
+            except Exception as error:
+                failures.append(error)
+
+        return tried
+
+    # What touches the disk, each to be tried. The scripts that are copied along are not needed: `consolidated` reads.
+    writer = engine.checkpoint_engine
+    writer.save, writer.makedirs, engine._copy_recovery_script = (
+        kept(writer.save),
+        kept(writer.makedirs),
+        lambda _: None,
+    )
+    try:
+        engine.save_checkpoint(folder, tag=tag, save_latest=False)
+    finally:
+        del writer.save, writer.makedirs, engine._copy_recovery_script
+    if failures:
+        raise failures[0]
+
+
 def step(engine: Any, max_norm: float | None) -> Tensor:
     """Clip and step. Returns the gradients' norm over all ranks, from before; no step where it is not finite."""
     if not engine.zero_optimization():
@@ -208,32 +237,3 @@ def park(engine: Any) -> None:
         device=OffloadDeviceEnum.cpu,
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def save_shards(engine: Any, folder: str, tag: str) -> None:
-    """Write an engine's shards. Every rank comes here, and whatever stops one from writing its files is raised there
-    once all are through: DeepSpeed lets ranks wait for each other between its files."""
-    failures: list[Exception] = []
-
-    def kept(act: Callable[..., Any]) -> Callable[..., Any]:
-        def tried(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return act(*args, **kwargs)
-            except Exception as error:
-                failures.append(error)
-
-        return tried
-
-    # What touches the disk, each to be tried. The scripts that are copied along are not needed: `consolidated` reads.
-    writer = engine.checkpoint_engine
-    writer.save, writer.makedirs, engine._copy_recovery_script = (
-        kept(writer.save),
-        kept(writer.makedirs),
-        lambda _: None,
-    )
-    try:
-        engine.save_checkpoint(folder, tag=tag, save_latest=False)
-    finally:
-        del writer.save, writer.makedirs, engine._copy_recovery_script
-    if failures:
-        raise failures[0]
