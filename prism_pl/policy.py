@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_pl.batch import SequenceBatch
+from prism_pl.checkpoint_files import put_in_place
 from prism_pl.errors import UsageError
 from prism_pl.lora import LoraSpec, add_lora, freeze_adapters, has_lora, whole_parameters
 from prism_pl.processor import Processor
@@ -346,22 +347,6 @@ def fresh_temporary(folder: Path) -> Path:
     if temporary.exists():
         shutil.rmtree(temporary)
     return temporary
-
-
-def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder to its own name, in the place of an older one.
-
-    A kill between the two renames leaves the older one as `.old`, the finished one as `.tmp`; a kill after them leaves
-    an outdated `.old`, which the next call removes.
-    """
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        folder.rename(old)
-    temporary.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def set_dtype(config_file: Path, dtype: str) -> None:

@@ -15,7 +15,10 @@ from prism_pl.discriminator import (
     SparseMoEDiscriminator,
     TextOnlyDiscriminator,
     TextOnlySparseMoEDiscriminator,
+    dedicated,
     score_texts,
+    sparse,
+    upcycling,
 )
 from prism_pl.discriminator.upcycling import upcycle
 from prism_pl.policy import load_safetensors
@@ -98,7 +101,35 @@ def dense(random_policy) -> Any:
 def upcycled(dense: Any, noise_std: float, num_experts: int = 4) -> Any:
     torch.manual_seed(0)
     options = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
-    return upcycle(dense, num_experts, 2, noise_std, **options)
+    return upcycle(dense.config, lambda: dense, num_experts, 2, noise_std, **options)
+
+
+@pytest.mark.parametrize("kind", [SparseMoEDiscriminator, DedicatedMoEDiscriminator])
+def test_at_zero_3_a_rank_that_gets_its_shards_from_the_first_loads_no_dense_model(random_policy, monkeypatch, kind):
+    # As `build_sharded` acts on another rank than the first: the weights are never asked for.
+    asked_for: list[Any] = []
+    monkeypatch.setattr(upcycling, "builds_sharded", lambda: True)
+    monkeypatch.setattr(
+        upcycling, "build_sharded", lambda kind, config, weights, **options: kind._from_config(config, **options)
+    )
+    for module in (sparse, dedicated):
+        monkeypatch.setattr(module, "load_safetensors", lambda *_: asked_for.append(1))
+    torch.manual_seed(0)
+    there = kind(random_policy, init_heads=True).model.state_dict()
+    assert asked_for == []
+    monkeypatch.undo()
+    here = kind(random_policy, init_heads=True).model.state_dict()
+    assert {name: weight.shape for name, weight in there.items()} == {n: weight.shape for n, weight in here.items()}
+
+
+def test_upcycling_leaves_the_generator_alike_whoever_makes_the_weights(dense, monkeypatch):
+    after = []
+    for makes in (True, False):
+        if not makes:
+            monkeypatch.setattr(upcycling, "from_weights", lambda *_, **options: None)
+        upcycled(dense, 0.01)
+        after.append(torch.rand(1))
+    assert after[0] == after[1]
 
 
 def test_upcycled_without_noise_the_forward_pass_is_the_dense_one(random_policy, dense):
@@ -121,16 +152,16 @@ def test_upcycling_copies_every_mlp_with_noise_and_draws_a_router(dense):
         "model_type": ""
     }
     routers = []
-    for sparse, layer in zip(moe.language_model.layers, dense.language_model.layers, strict=True):
+    for grown, layer in zip(moe.language_model.layers, dense.language_model.layers, strict=True):
         gate_up = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
         for noise in (
-            sparse.mlp.experts.gate_up_proj - gate_up,
-            sparse.mlp.experts.down_proj - layer.mlp.down_proj.weight,
+            grown.mlp.experts.gate_up_proj - gate_up,
+            grown.mlp.experts.down_proj - layer.mlp.down_proj.weight,
         ):
             assert noise.detach().std() == pytest.approx(0.01, rel=0.05)
             assert float((noise[0] - noise[1]).detach().abs().max()) > 0.01
-        routers.append(sparse.mlp.gate.weight)
-        assert torch.equal(sparse.self_attn.q_proj.weight, layer.self_attn.q_proj.weight)
+        routers.append(grown.mlp.gate.weight)
+        assert torch.equal(grown.self_attn.q_proj.weight, layer.self_attn.q_proj.weight)
     assert torch.cat(routers).detach().std() == pytest.approx(0.02, rel=0.1)
     assert torch.equal(moe.visual.merger.linear_fc1.weight, dense.visual.merger.linear_fc1.weight)
 
@@ -160,6 +191,21 @@ def test_a_captions_loss_gives_the_reasoning_expert_no_gradient(random_policy):
             largest = {n: float(p.grad.abs().max()) for n, p in judge.named_parameters()}
             assert {n for n, size in largest.items() if size == 0} == {n for n in largest if f".{silent}." in n}
             assert sum(f".{silent}." in n for n in largest) == 4 * 3 + 1  # three weights a layer and a head
+
+
+def test_a_rank_with_one_sequence_computes_its_pieces_again_as_the_others_do(random_policy, monkeypatch):
+    # The other of two ranks has two pieces; here the second holds no row. At ZeRO-3 each pass gathers weights.
+    monkeypatch.setattr("prism_pl.batch.world_size", lambda: 2)
+    monkeypatch.setattr("prism_pl.batch.global_max", lambda own: torch.full_like(own, 2))
+    judge = build(DenseDiscriminator, random_policy, segments="whole", dropout=0.0)
+    passes = []
+    judge.register_forward_pre_hook(lambda *_: passes.append(1))
+    for micro_batch_tokens, expected in ((300, (2, 4)), (None, (1, 1))):
+        passes.clear()
+        scores = scores_of(judge, [DEMONSTRATION], training=True, micro_batch_tokens=micro_batch_tokens)
+        forward = len(passes)
+        stacked(scores).sum().backward()
+        assert (forward, len(passes)) == expected
 
 
 def test_experts_start_as_the_dense_mlps_and_part_ways(random_policy):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_pl.batch import SequenceBatch
+from prism_pl.checkpoint_files import put_in_place
 from prism_pl.discriminator.folder import (
     Settings,
     fresh_settings,
@@ -27,7 +28,6 @@ from prism_pl.policy import (
     fresh_temporary,
     image_features,
     no_image,
-    put_in_place,
     save_processor,
     set_dtype,
     write_model,

@@ -27,9 +27,12 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
     batch = move_data_to_device(batch, next(discriminator.parameters()).device)
     order: list[Tensor] = []
     parts: list[RowScores] = []
-    for rows, piece in micro_batches(batch.sequences, micro_batch_tokens):
+    pieces = list(micro_batches(batch.sequences, micro_batch_tokens))
+    # Decided by what all ranks have alike: computing again gathers sharded weights again.
+    recomputed = len(pieces) > 1 and torch.is_grad_enabled()
+    for rows, piece in pieces:
         expert_N = batch.expert_N[rows] if len(rows) else batch.expert_N[:1]
-        if len(rows) < len(batch.expert_N) and torch.is_grad_enabled():
+        if recomputed:
             part = RowScores(*checkpoint(discriminator, piece, expert_N, use_reentrant=False))
         else:
             part = discriminator(piece, expert_N)

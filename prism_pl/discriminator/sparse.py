@@ -13,7 +13,6 @@ from prism_pl.discriminator.folder import HeadSharing
 from prism_pl.discriminator.routing import routing_diagnostics
 from prism_pl.discriminator.upcycling import upcycle
 from prism_pl.policy import load_safetensors
-from prism_pl.strategy.sharding import whole_construction
 
 
 class SparseMoEDiscriminator(BackboneDiscriminator):
@@ -108,10 +107,9 @@ def load_sparse(
         model = load_safetensors(Qwen3VLMoeModel, path, attn_implementation)
         model.set_experts_implementation(experts_implementation)
         return model
-    with whole_construction():
-        dense = load_safetensors(Qwen3VLModel, path, attn_implementation)
     return upcycle(
-        dense,
+        Qwen3VLModel.config_class.from_pretrained(path, trust_remote_code=False),
+        partial(load_safetensors, Qwen3VLModel, path, attn_implementation),
         num_experts,
         top_k,
         noise_std,

@@ -5,7 +5,7 @@ import importlib
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from prism_pl.lora import has_lora
 from prism_pl.optim import clip_gradients
 from prism_pl.parent import end_with_parent
-from prism_pl.strategy.sharding import is_sharded
+from prism_pl.strategy.sharding import finer_than_bf16, is_sharded, restore_masters
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -113,9 +113,10 @@ def check_clipping(trainer: Trainer) -> None:
 
 
 def start_engine(network: nn.Module, optimizer: Optimizer, config: dict[str, Any]) -> Any:
-    """The engine of a trained network."""
+    """The engine of a trained network. Its master weights are the network's float32 ones."""
     import deepspeed
 
+    finer = finer_than_bf16(network) if config["bf16"]["enabled"] else {}
     _prepare(network, config)
     parameters: Any = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     engine, *_ = deepspeed.initialize(
@@ -126,6 +127,8 @@ def start_engine(network: nn.Module, optimizer: Optimizer, config: dict[str, Any
         config=config,
         dist_init_required=False,
     )
+    if config["bf16"]["enabled"]:
+        restore_masters(network, finer)  # they are made of weights that are rounded already
     return engine
 
 
@@ -173,6 +176,35 @@ def backward(engine: Any, loss: Tensor) -> None:
     else:
         engine.set_gradient_accumulation_boundary(False)
     engine.backward(loss)
+
+
+def save_shards(engine: Any, folder: str, tag: str) -> None:
+    """Write an engine's shards. Every rank comes here, and whatever stops one from writing its files is raised there
+    once all are through: DeepSpeed lets ranks wait for each other between its files."""
+    failures: list[Exception] = []
+
+    def kept(act: Callable[..., Any]) -> Callable[..., Any]:
+        def tried(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return act(*args, **kwargs)
+            except Exception as error:
+                failures.append(error)
+
+        return tried
+
+    # What touches the disk, each to be tried. The scripts that are copied along are not needed: `consolidated` reads.
+    writer = engine.checkpoint_engine
+    writer.save, writer.makedirs, engine._copy_recovery_script = (
+        kept(writer.save),
+        kept(writer.makedirs),
+        lambda _: None,
+    )
+    try:
+        engine.save_checkpoint(folder, tag=tag, save_latest=False)
+    finally:
+        del writer.save, writer.makedirs, engine._copy_recovery_script
+    if failures:
+        raise failures[0]
 
 
 def step(engine: Any, max_norm: float | None) -> Tensor:
