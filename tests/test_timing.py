@@ -19,7 +19,8 @@ def test_a_phase_on_a_gpu_tells_its_peak_and_what_the_device_has_in_use_at_its_e
         with timer.phase(name):
             pass
     told = timer.pop()
-    assert told.keys() == {f"{what}/{phase}" for what in ("time", "memory", "memory_used") for phase in ("policy", "sync")}
+    tags = ("time", "memory", "memory_used")
+    assert told.keys() == {f"{tag}/{phase}" for tag in tags for phase in ("policy", "sync")}
     assert (told["memory/policy"], told["memory/sync"]) == (7.0, 3.0)
     assert (told["memory_used/policy"], told["memory_used/sync"]) == (20.0, 30.0)
     assert timer.pop() == {}

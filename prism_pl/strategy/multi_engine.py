@@ -38,9 +38,9 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         stage, offload_optimizer, offload_params, precision, config: of every engine, see `EngineOptions`. None for the
             precision follows trainer.precision.
         engines: what differs for a network, by its name in the module: `{policy: {stage: 3}}`.
-        park_optimizer_states: keep each player's optimiser state and float32 master weights in pinned CPU memory but for
-            its own step, at any stage (what `offload_optimizer` keeps there is there). Two players then need the GPU
-            memory of one, at the price of a copy each way a step, and CPU memory as in `Parking`.
+        park_optimizer_states: keep each player's optimiser state and float32 master weights in pinned CPU memory but
+            for its own step, at any stage (what `offload_optimizer` keeps there is there). Two players then need the
+            GPU memory of one, at the price of a copy each way a step, and CPU memory as in `Parking`.
         timeout_minutes: how long a rank waits for the others before the run ends with an error. The longest wait is for
             the rank with the longest rollouts.
     """

@@ -82,7 +82,7 @@ def pinned(size: int) -> Tensor:
         else:
             with suppress(RuntimeError):
                 torch.zeros(1, device="cuda")  # CUDA tells an error once more, to the next kernel
-            rank_zero_warn(f"{size / 2**30:.0f} GiB of CPU memory could not be pinned: moving the optimiser's is slower.")
+            rank_zero_warn(f"{size / 2**30:.0f} GiB of CPU memory could not be pinned: parking an optimiser is slower.")
     return buffer
 
 
@@ -95,8 +95,8 @@ def kept(engine: Any) -> Iterator[Tensor]:
     if stage in (1, 2):
         masters = engine.optimizer.single_partition_of_fp32_groups
     elif stage == 3:
-        pairs = zip(engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.fp16_partitioned_groups_flat)
-        masters = [master for master, weights in pairs if master is not weights]
+        own, weights = engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.fp16_partitioned_groups_flat
+        masters = [master for master, weight in zip(own, weights, strict=True) if master is not weight]
     states = (value for state in engine.basic_optimizer.state.values() for value in state.values())
     for tensor in [*masters, *states]:
         if isinstance(tensor, Tensor) and tensor.dim() > 0 and tensor.device.type == device.type:
