@@ -102,5 +102,5 @@ def test_cpu_memory_is_pinned_as_long_as_it_is_there_and_said_where_it_cannot_be
     assert registered == {}
     code = 1
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
-    with pytest.warns(UserWarning, match="3 GiB of memory could not be pinned"):
+    with pytest.warns(UserWarning, match="3 GiB of CPU memory could not be pinned"):
         assert len(pinned(3 << 30)) == 3 << 30
