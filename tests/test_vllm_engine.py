@@ -257,6 +257,7 @@ def test_a_gpu_too_full_to_wake_on_is_said_with_the_way_out(monkeypatch):
 
 
 def test_vllm_computes_outside_of_autocast_and_with_torchs_own_linear_layers(monkeypatch):
+    assert torch.nn.functional.linear is torch._C._nn.linear
     monkeypatch.setattr(torch.nn.functional, "linear", replaced := lambda *args: None)
     seen = []
 
