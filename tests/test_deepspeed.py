@@ -1,6 +1,7 @@
 """Two processes under DeepSpeed train what one process trains: every stage of ZeRO, alone and mixed, and DDP."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,11 +107,30 @@ def test_bf16_steps_on_float32_master_weights(told_of, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("option", ["park_optimizer_states", "offload_optimizer"])
-def test_states_that_lie_elsewhere_between_steps_step_alike(told_of, stage, option):
-    told = told_of(2, strategy=stage, optimizer="AdamW", options={option: True})
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        *((stage, {"park_optimizer_states": True}) for stage in (0, 1, 2, 3)),
+        *((stage, {"offload_optimizer": True}) for stage in (2, 3)),
+        (2, {"park_optimizer_states": True, "offload_optimizer": True}),
+        (3, {"park_optimizer_states": True, "offload_params": True}),
+    ],
+)
+def test_states_that_lie_elsewhere_between_steps_step_alike(told_of, stage, options):
+    told = told_of(2, strategy=stage, optimizer="AdamW", options=options)
     assert_same_training(told, told_of(1, optimizer="AdamW"), **tolerances("AdamW"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_parked_masters_of_bf16_weights_are_stepped_and_saved_as_others_are(ranks, told_of, tmp_path, stage):
+    options: dict[str, Any] = {"strategy": stage, "precision": "bf16-mixed", "optimizer": "AdamW"}
+    parked = options | {"options": {"park_optimizer_states": True}, "saved": True}
+    expected = told_of(2, **options)
+    ranks(tmp_path, 2, **parked, stop_after=2)
+    told = ranks(tmp_path, 2, **parked, ckpt="last")
+    for name, wanted in expected["weights"].items():
+        assert torch.equal(told["weights"][name], wanted), name
 
 
 @pytest.mark.slow

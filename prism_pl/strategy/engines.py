@@ -141,9 +141,8 @@ def hold_frozen(network: nn.Module, config: dict[str, Any]) -> None:
 
 def _prepare(network: nn.Module, config: dict[str, Any]) -> None:
     """At stage 3: what was made outside of transformers takes the precision of the rest, which DeepSpeed expects of a
-    network that it finds sharded; and mixture layers whose experts are modules of their own are gathered whole, so that
-    ranks that route to other experts gather alike. Experts stacked in one weight are gathered whole anyway, and a layer
-    marked so bears but one pass a backward pass."""
+    network that it finds sharded. A mixture's experts need no mark as DeepSpeed's leaf modules: they are stacked in
+    weights of one module, gathered whole around its call, so ranks that route to other experts gather alike."""
     if config["zero_optimization"]["stage"] != 3:
         return
     if has_lora(network):
@@ -152,11 +151,6 @@ def _prepare(network: nn.Module, config: dict[str, Any]) -> None:
         for parameter in network.parameters():
             if not is_sharded(parameter):
                 parameter.data = parameter.data.bfloat16()
-    from deepspeed.utils import set_z3_leaf_module
-
-    for module in network.modules():
-        if isinstance(dict(module.named_children()).get("experts"), nn.ModuleList):
-            set_z3_leaf_module(module, True)
 
 
 def _place() -> Namespace:
@@ -226,14 +220,3 @@ def _step_unsharded(engine: Any, max_norm: float | None) -> Tensor:
     else:
         engine.zero_grad()
     return norm
-
-
-def park(engine: Any) -> None:
-    """Move the optimiser's state into pinned CPU memory, until `engine.reload_states`."""
-    from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
-
-    engine.offload_states(
-        include=[OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params],
-        device=OffloadDeviceEnum.cpu,
-        pin_memory=torch.cuda.is_available(),
-    )
