@@ -53,6 +53,16 @@ def test_the_table_and_the_figure_are_of_the_evaluations(run):
     assert min(Image.open(run / "report_files" / "drift-test.png").size) > 100
 
 
+def test_the_note_says_what_the_probes_intervals_and_greedy_responses_are_not(run):
+    found = section(report(run), "### Drift from the supervision")
+    assert "Those of AUC are narrower than that" in found
+    assert "temperature 0" not in found
+    file = run / "evaluate" / "align" / "evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sampling": {"temperature": 0.0}}))
+    found = section(report(run), "### Drift from the supervision")
+    assert "Decoded at temperature 0 (align): a checkpoint's most likely response beside samples" in found
+
+
 def test_likelihoods_are_compared_prompt_by_prompt(run):
     found = cells(section(report(run), "### Paired differences"), "teacher_nll_caption")
     assert found["sft - base"] == "-1.000 [-1.000, -1.000] *"
