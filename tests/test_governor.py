@@ -60,13 +60,11 @@ def test_a_rigged_game_saturates_without_a_governor():
 def test_a_governor_holds_the_accuracy_in_its_band(by):
     governor = Governor(low=0.6, high=0.85, by=by)
     game = RiggedGame(governor)
-    seen = []
-    for _ in range(300):
-        game.step()
-        seen.append(governor.accuracy)
+    seen = [game.step() for _ in range(300)][50:]  # each step's own pairs, not the governor's mean
     inside = [0.6 <= accuracy <= 0.85 for accuracy in seen]
-    assert sum(inside) > 0.87 * len(inside)
-    assert all(0.6 <= accuracy < 0.92 for accuracy in seen)  # what a step overshoots
+    assert sum(inside) > 0.88 * len(inside)
+    assert min(seen) >= 0.6
+    assert max(seen) < 0.92  # what a step overshoots
 
 
 def test_interventions_end_inside_the_band_and_not_where_they_began():
@@ -87,10 +85,10 @@ def test_the_rate_moves_within_its_span_and_goes_back_inside_the_band():
 
 
 def test_the_accuracy_is_averaged_over_a_window_and_survives_a_checkpoint():
-    governor = Governor(low=0.6, high=0.8, hysteresis=0.04, by="rate", window=2)
+    governor = Governor(low=0.6, high=0.8, hysteresis=0.04, by="rate", window=2, factor=0.5)
     plans = [governor.plan({"one": accuracy}, 1) for accuracy in (0.9, 0.9, 0.6)]
     assert governor.accuracy == pytest.approx(0.75)
-    again = Governor(low=0.6, high=0.8, hysteresis=0.04, by="rate", window=2)
+    again = Governor(low=0.6, high=0.8, hysteresis=0.04, by="rate", window=2, factor=0.5)
     again.load_state_dict(governor.state_dict())
     assert [again.plan({"one": a}, 1) for a in (0.95, 0.4)] == [governor.plan({"one": a}, 1) for a in (0.95, 0.4)]
     assert [plan.rate for plan in plans] == [0.5, 0.25, 0.125]
