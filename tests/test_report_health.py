@@ -51,7 +51,8 @@ def test_the_shadows_stand_beside_the_discriminator_with_the_flags(tmp_path):
 
 def test_a_run_that_was_not_judged_and_one_that_was_not_flagged_say_so(tmp_path):
     assert "not judged for style" in told(tmp_path / "short", PANEL)
-    clean = {name: [0.0] * 4 for name in FLAGS} | {"health/settled": [0.0] * 4}
+    unsettled = {"health/settled": [0.0] * 4, "health/settled_at": [math.nan] * 4}
+    clean = {name: [0.0] * 4 for name in FLAGS} | unsettled
     found = told(tmp_path / "clean", PANEL | clean)
     assert "no expert was flagged" in found
     assert "FLAG" not in found
