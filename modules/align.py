@@ -24,7 +24,7 @@ from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.credit import Credit, check_credit, credited_advantages
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
-from prism_pl.governor import Governor, Plan, pair_accuracy, scaled_rate
+from prism_pl.governor import Governor, Plan, pair_accuracies, scaled_rate
 from prism_pl.lora import whole_parameters
 from prism_pl.losses import soft_clip
 from prism_pl.mismatch import MismatchCorrection
@@ -80,7 +80,8 @@ class AdversarialAlignModule(LightningModule):
         schedule, warmup: of both learning rates, in policy steps.
         max_grad_norm, discriminator_max_grad_norm: gradient clipping of each player; None only measures.
         freeze: name patterns of policy parameters that stay as they are.
-        micro_batch_tokens: padded tokens run at once; None runs the whole batch.
+        micro_batch_tokens: tokens run at once, of the policy padded ones, of the discriminator as it runs them (packed,
+            a shared prompt counts once); None runs the whole batch.
         chunk_tokens: response tokens whose logits exist at once.
         export_dtype: of the exported policy.
     """
@@ -287,8 +288,8 @@ class AdversarialAlignModule(LightningModule):
         plan = Plan(self.discriminator_steps if due else 0)
         if self.governor is None:
             return plan
-        accuracy = pair_accuracy(demonstration_scores.by_expert, scores.by_expert, scores.valid_B)
-        plan = self.governor.plan(accuracy, plan.steps)
+        accuracies = pair_accuracies(demonstration_scores.by_expert, scores.by_expert, scores.valid_B)
+        plan = self.governor.plan(accuracies, plan.steps)
         self.log_dict({f"align/{name}": value for name, value in self.governor.metrics(plan).items()}, batch_size=1)
         return plan
 

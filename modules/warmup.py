@@ -48,7 +48,8 @@ class DiscriminatorModule(LightningModule):
         score_l2: coefficient on the mean squared score, which Bradley-Terry leaves free.
         score_clip: softly bounds scores to +- this; None: no bound.
         ceiling: held-out pair accuracy, the mean over the experts, at which the run stops. None runs to the end.
-        micro_batch_tokens: padded tokens run at once; None runs the whole batch.
+        micro_batch_tokens: tokens run at once, as the discriminator runs them (packed, a shared prompt counts once);
+            None runs the whole batch.
         export_dtype: of the exported backbone.
     """
 

@@ -52,7 +52,7 @@ class Processor:
         tokenizer: a Hugging Face tokenizer with a chat template and Qwen's special tokens.
         image_processor: Qwen2-VL's image processor (PIL backend: it needs no torchvision).
         source: the folder or hub id both were read from; exports take their processor files from it.
-        text_only: leave an example's images out of its prompt.
+        text_only: leave an example's images out of its prompt, and the marks of where they stand.
     """
 
     def __init__(self, tokenizer: Any, image_processor: Any, source: str, text_only: bool = False) -> None:
@@ -91,7 +91,7 @@ class Processor:
     def prompt(self, example: Example) -> Prompt:
         """Encode system prompt, images and question of an example."""
         if self.text_only:
-            example = replace(example, images=[])
+            example = replace(example, images=[], question=example.question.replace(IMAGE_MARK, ""))
         text = self.prompt_text(example)
         raw_ids = self.tokenizer(text, add_special_tokens=False).input_ids
         pixel_values_NC, grids_I3 = self._images(example)

@@ -1,12 +1,15 @@
 """Each kind of discriminator: how it grows from a dense policy, what its experts see, its folder."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from lightning import LightningModule
 from safetensors.torch import load_file, save_file
 
+from callbacks.discriminator_health import parameters_by_expert
 from prism_pl.chat import parse, render, segments
 from prism_pl.discriminator import (
     DedicatedMoEDiscriminator,
@@ -75,6 +78,17 @@ def test_a_kind_saves_and_loads_to_the_same_scores_and_refuses_another_kind(rand
     # One forward pass over anything touches every weight: the gradients of ranks meet.
     stacked(scores_of(made, [SHORT], training=True)).sum().backward()
     assert without_gradient(made) == []
+
+
+@all_kinds
+def test_every_parameter_of_a_kind_is_in_one_of_the_panels_gradient_norms(random_policy, kind, options):
+    judge = build(kind, random_policy, **options)
+    module = LightningModule()
+    module.discriminator = judge
+    found = parameters_by_expert(module)
+    assert sum(len(each) for each in found.values()) == len(list(judge.parameters()))
+    own = kind in (DedicatedMoEDiscriminator, TextOnlyDiscriminator) or options.get("heads") == "per_expert"
+    assert set(found) == ({"shared", "perception", "reasoning"} if own else {"shared"})
 
 
 @all_kinds
@@ -208,6 +222,21 @@ def test_a_rank_with_one_sequence_computes_its_pieces_again_as_the_others_do(ran
         assert (forward, len(passes)) == expected
 
 
+@all_kinds
+def test_a_micro_batch_of_one_segment_kind_touches_every_expert(random_policy, kind, options):
+    """As on a rank whose piece holds captions alone: a parameter without a gradient there would stop the others."""
+    judge = build(kind, random_policy, **options)
+    seen = []
+    judge.register_forward_pre_hook(lambda _, args: seen.append(args))
+    scores_of(judge)
+    sequences, expert_N = seen[0]
+    for expert in range(len(judge.experts)):
+        judge.zero_grad()
+        rows = (expert_N == expert).nonzero().squeeze(1)
+        judge(sequences.select(rows), expert_N[rows]).scores_N.sum().backward()
+        assert without_gradient(judge) == []
+
+
 def test_experts_start_as_the_dense_mlps_and_part_ways(random_policy):
     one = build(DenseDiscriminator, random_policy)
     judge = build(DedicatedMoEDiscriminator, random_policy)
@@ -248,6 +277,9 @@ def test_the_text_only_kind_sees_no_image(random_policy):
     assert torch.equal(scores[:, 0], scores[:, 1])
     assert prompts[0].ids.count(judge.processor.image_token_id) == 0
     assert not any(p.requires_grad for p in judge.model.visual.parameters())
+    # A mark of where an image stands goes with it.
+    marked = replace(one, question=f"<image>{one.question}")
+    assert judge.processor.prompt(marked).ids == prompts[0].ids
     # The collator must not give it the policy's prompts.
     processor = Processor.from_path(random_policy)
     assert not same_encoding(processor, judge.processor)
@@ -266,6 +298,20 @@ def test_what_the_warm_start_read_is_what_is_read_later(random_policy, tmp_path)
     for name, value, held in (("max_pixels", 9999, 4096), ("max_segment_tokens", 99, 150), ("likelihood_weight", 1, 0)):
         with pytest.raises(ValueError, match=rf"{name} is {value}, and '.*' was warm-started with {held}"):
             kind(path, **{name: value})
+
+
+def test_numbers_of_an_upcycling_that_is_done_are_not_taken_in_silence(random_policy, tmp_path):
+    build(SparseMoEDiscriminator, random_policy, num_experts=3).save(tmp_path / "d")
+    path, kind = str(tmp_path / "d"), SparseMoEDiscriminator
+    refused = {
+        "num_experts": (8, "num_experts is 8, and '.*' was warm-started with 3: leave num_experts out"),
+        "top_k": (1, "top_k is 1, and '.*' was warm-started with 2"),
+        "noise_std": (0.01, "noise_std is 0.01, and '.*' is warm-started, its noise long drawn: leave noise_std out"),
+    }
+    for name, (value, message) in refused.items():
+        with pytest.raises(ValueError, match=message):
+            kind(path, **{name: value})  # pyright: ignore[reportArgumentType]
+    assert kind(path, num_experts=3, top_k=2).model.config.text_config.num_experts == 3
 
 
 def test_a_folder_of_an_older_format_says_so(random_policy, tmp_path):

@@ -55,8 +55,8 @@ class DedicatedMoEDiscriminator(BackboneDiscriminator):
             packed,
         )
 
-    def shares(self, sequences: SequenceBatch, expert_B: Tensor) -> Tensor:
-        return sequences.prompt_of_B * len(self.experts) + expert_B
+    def shares(self, sequences: SequenceBatch, expert_B: Tensor) -> Tensor | None:
+        return sequences.prompt_of_B * len(self.experts) + expert_B if self.packed else None
 
     def text_options(self, readers_KN: Tensor) -> dict[str, Any]:
         from prism_pl.discriminator.dedicated_model import Routes

@@ -59,13 +59,18 @@ def warm_settings(path: str, given: Mapping[str, Any]) -> Settings:
             f"warmup.yaml with {given['kind']}"
         )
     settings = Settings(**{**held, "experts": tuple(held["experts"])})
-    for name, value in given.items():
-        if value is not None and value != getattr(settings, name):
-            raise ValueError(
-                f"{name} is {value}, and {path!r} was warm-started with {getattr(settings, name)}: leave {name} out, "
-                "or run warmup.yaml anew with it"
-            )
+    refuse_other(path, given, asdict(settings))
     return settings
+
+
+def refuse_other(path: str, given: Mapping[str, Any], held: Mapping[str, Any]) -> None:
+    """ValueError where `given` names another value than the warm start at `path` has; None names none."""
+    for name, value in given.items():
+        if value is not None and value != held[name]:
+            raise ValueError(
+                f"{name} is {value}, and {path!r} was warm-started with {held[name]}: leave {name} out, or run "
+                "warmup.yaml anew with it"
+            )
 
 
 def write_settings(settings: Settings, folder: Path) -> None:

@@ -1,8 +1,10 @@
 """A key-value cache that appends in place.
 
-transformers' `DynamicLayer` puts old and new keys together anew for every token. On a CPU, with a hundred sequences of a
-small policy, those copies took more than half of the time of a decoding step.
+transformers' `DynamicLayer` puts old and new keys together anew for every token. On a CPU, with a hundred sequences of
+a small policy, those copies took more than half of the time of a decoding step.
 """
+
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
@@ -17,7 +19,7 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
         self._buffers: dict[str, tuple[Tensor, Tensor]] = {}  # and the view of it that was given out last
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
