@@ -302,6 +302,10 @@ BAD_ROWS = {
     "a number": (sharegpt(images=[7]), "an image is 7: give a path or the file's bytes"),
     "on the web": (sharegpt(images=["https://x.org/a.png"]), "is on the web: download it"),
     "no base64": (sharegpt(images=["data:image/png;base64,@"]), "a data URI that is no base64"),
+    "half a character": (
+        json.dumps(sharegpt()).replace("the area", "the \\ud83d area"),
+        r"a text holds \ud83d, half of a character: write the character whole",
+    ),
     "a long answer": (sharegpt(answers=["9" * 1_000_000]), "an answer has 1,000,000 characters: at most 4,096"),
 }
 
