@@ -151,7 +151,9 @@ def _check_characters(row: dict[str, Any]) -> None:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])[1:-1]
-        raise ValueError(f"a text holds {half}, half of a character: write the character whole, or leave it out") from None
+        raise ValueError(
+            f"a text holds {half}, half of a character: write the character whole, or leave it out"
+        ) from None
 
 
 def _only(source: Source) -> list[str]:

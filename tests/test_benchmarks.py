@@ -224,7 +224,11 @@ def test_a_truth_that_is_no_letter_is_the_option_of_its_value(benchmarks):
     right = [benchmarks["mathvision"].is_right(answer, example) for answer in ("6", "B", "A", "no idea")]
     assert right == [True, True, False, False]
     none_of_them = benchmarks["mathvision"].example({**row, "answer": "7"})
-    assert [benchmarks["mathvision"].is_right(answer, none_of_them) for answer in ("7", "6", "B")] == [True, False, False]
+    assert [benchmarks["mathvision"].is_right(answer, none_of_them) for answer in ("7", "6", "B")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_long_answer_is_judged_at_once(benchmarks):

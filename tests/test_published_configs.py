@@ -135,6 +135,12 @@ def test_published_hyperparameters():
             assert model[side]["init_args"]["weight_decay"] == 0.01
 
 
+def test_every_question_of_mmmu_fits_into_the_engine():
+    """A row has image_1 to image_7."""
+    for name in ("benchmarks", *(f"qwen3vl-{size}/evaluate" for size in SIZES)):
+        assert settings(name)["model"]["init_args"]["engine"]["init_args"]["max_images"] == 7
+
+
 @pytest.mark.parametrize(("name", "decay", "warmup", "prompts"), [
     ("grpo", 0.01, 0.0, 32),
     ("dapo", 0.1, 10, 96),
