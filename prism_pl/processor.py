@@ -104,7 +104,7 @@ class Processor:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def prompt_length(self, example: Example) -> int:
-        """Tokens of `Prompt.ids`, from the images' headers alone. Raises as `open_image` does, save for broken pixels."""
+        """How many `Prompt.ids` there are, by the images' headers alone. Raises as `image_size` does."""
         images = [] if self.text_only else example.images
         sizes = [image_size(image, example.id) for image in images]
         return len(self.prompt_ids(self.prompt_text(replace(example, images=images)), sizes))

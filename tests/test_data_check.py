@@ -111,7 +111,7 @@ def test_every_planted_fault_is_named_and_left_out_of_the_run(folder, blank_poli
         assert detail in reasons[name][1], name
         assert reason in page
     assert "| train" in page
-    assert "What the stage needs of a row: demonstration, max length 20000." in page
+    assert "What the stage needs of a row: demonstration, max length 20000, max segment 128." in page
     assert "--data.check_folder found" in page
 
     kept = opened(DemonstrationsDataModule(str(train), test=str(test), check_folder="found", batch_size=1))

@@ -120,7 +120,7 @@ def _verdict(splits: Mapping[str, Split], folder: Path) -> list[str]:
             lines.append(f"A run stops at the first of the {stopping:,} {called} rows that it cannot use.")
     if any(line.startswith("A run stops") for line in lines):
         lines.append(
-            f"To leave them out, counted: --data.check_folder {folder} ({EXCLUDED} lists them, {CHECK} belongs to these "
-            "rows alone). Rows of a validation file of its own have to be mended."
+            f"To leave them out, counted: --data.check_folder {folder} ({EXCLUDED} lists them, {CHECK} belongs to "
+            "these rows alone). Rows of a validation file of its own have to be mended."
         )
     return lines
