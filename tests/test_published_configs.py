@@ -89,6 +89,16 @@ def test_pipeline_resolves_and_the_baseline_takes_as_many_steps(size):
     assert graph["sft-rlvr"].stage.set["trainer.max_steps"] == "{align.trainer.max_steps + rlvr.trainer.max_steps}"
 
 
+def test_the_page_goes_stage_by_stage_as_the_pipeline_does():
+    """RLVR from the page reads what the filter before it wrote, of the rows that it was measured on."""
+    page = (ROOT / "docs" / "reproduce.md").read_text()
+    line = next(line for line in page.splitlines() if "rlvr-grpo.yaml" in line)
+    set_ = yaml.safe_load((CONFIGS / "qwen3vl-4b" / "pipeline.yaml").read_text())["stages"]["rlvr"]["set"]
+    assert {f"--{key}" for key in set_} == set(re.findall(r"--(?!config)\S+", line))
+    assert f"--data.train.only {set_['data.train.only']}" in line
+    assert "--data.pass_rates runs/qwen3vl-4b/filter/pass_rates.jsonl" in line
+
+
 def files(name: str) -> list[str]:
     """The files that a YAML's header speaks of: itself, and for an overlay what it is laid over."""
     stage = name.split("/")[1]
