@@ -15,6 +15,7 @@ baseline (its filter, RLVR and evaluation), which repeats what the others do, is
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def overlay(folder: Path, size: str, devices: int, offload: bool, baseline: bool
     }
 
 
-def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+def _write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -27,8 +27,9 @@ GREEDY = Sampling(temperature=0.0, max_tokens=24)
 def export(tmp_path, monkeypatch):
     """The folder that a fit leaves, its card in it."""
     monkeypatch.chdir(tmp_path)
-    few = "--data.num_train 8 --data.num_validation 2 --data.batch_size 2 --trainer.max_steps 1 --trainer.limit_val_batches 0"
-    assert main(["fit", "--config", "sft.yaml", *few.split(), "--trainer.default_root_dir", "run"]) == 0
+    few = "--data.num_train 8 --data.num_validation 2 --data.batch_size 2 --trainer.limit_val_batches 0"
+    one = "--trainer.max_steps 1 --trainer.default_root_dir run"
+    assert main(["fit", "--config", "sft.yaml", *few.split(), *one.split()]) == 0
     folder = tmp_path / "run" / "export"
     assert "Made by supervised fine-tuning" in (folder / "README.md").read_text()
     return folder

@@ -53,7 +53,8 @@ def run(args: list[str]) -> None:
     needs = stage.row_needs if isinstance(stage, HasRowNeeds) else RowNeeds()
     if options.max_tokens is not None:
         needs = replace(needs, max_length=options.max_tokens)
-    limit = cli.datamodule.max_prompt_tokens if isinstance(cli.datamodule, FiltersPrompts) else None
+    data: Any = cli.datamodule
+    limit = data.max_prompt_tokens if isinstance(data, FiltersPrompts) else None
     finder = FactFinder(processor, needs, pixels=not options.headers_only, max_prompt_tokens=limit)
     splits = {name: collect(cli.datamodule, cli.trainer, name, finder) for name in SPLITS}
     splits = {name: split for name, split in splits.items() if split.facts}
