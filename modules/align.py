@@ -47,7 +47,7 @@ from prism_pl.rollout_stage import (
     trained_mask,
     warn_inert_kl,
 )
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import RowNeeds, with_discriminator, with_engine
 from prism_pl.strategy import building, check_trainer, share, step_network, training_only, whole_groups
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
@@ -85,8 +85,6 @@ class AdversarialAlignModule(LightningModule):
         chunk_tokens: response tokens whose logits exist at once.
         export_dtype: of the exported policy.
     """
-
-    row_needs = RowNeeds(demonstration=True)
 
     def __init__(
         self,
@@ -150,6 +148,8 @@ class AdversarialAlignModule(LightningModule):
         self.max_grad_norm, self.discriminator_max_grad_norm = max_grad_norm, discriminator_max_grad_norm
         self.export_dtype: Literal["float32", "bfloat16"] = export_dtype
         self.processor = policy.processor()
+        needs = with_engine(RowNeeds(demonstration=True), rollout, sampling)
+        self.row_needs = with_discriminator(needs, discriminator)
         self.numerics = Numerics(
             sampling.temperature, tuple(self.processor.banned_ids), micro_batch_tokens, chunk_tokens
         )

@@ -39,7 +39,7 @@ from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.report.evaluations import FILE_NAME, read_evaluation
 from prism_pl.report.screen import print_evaluation
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, generate_batch
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import RowNeeds, with_engine
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -66,8 +66,6 @@ class EvaluateModule(LightningModule):
         drift: also measure likelihood of the supervision, distance of embeddings and a probe's AUC, see
             `prism_pl.drift_meter`; None leaves them out.
     """
-
-    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,
@@ -105,6 +103,7 @@ class EvaluateModule(LightningModule):
         self.judge_model = judge
         self.drift = drift
         self.processor = policy.processor()
+        self.row_needs = with_engine(RowNeeds(answers=True), engine, sampling)
         self.policy: Any = None
         self.embedder: Any = None
         self.records: list[PromptRecord] = []

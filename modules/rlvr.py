@@ -46,7 +46,7 @@ from prism_pl.rollout_stage import (
     warn_inert_kl,
     with_overlong,
 )
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import RowNeeds, with_engine
 from prism_pl.strategy import building, check_trainer, own_part, share, step_network, whole_groups, world_size
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, rows_of, warn_inert_clip
@@ -89,8 +89,6 @@ class RLVRModule(LightningModule):
         chunk_tokens: response tokens whose logits exist at once.
         export_dtype: of the exported policy.
     """
-
-    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,
@@ -159,6 +157,7 @@ class RLVRModule(LightningModule):
         self.warmup, self.max_grad_norm = warmup, max_grad_norm
         self.export_dtype: Literal["float32", "bfloat16"] = export_dtype
         self.processor = policy.processor()
+        self.row_needs = with_engine(RowNeeds(answers=True), rollout, sampling)
         self.collator = PromptCollator(self.processor, need_answers=True)
         self.numerics = Numerics(
             sampling.temperature, tuple(self.processor.banned_ids), micro_batch_tokens, chunk_tokens

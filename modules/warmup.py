@@ -28,7 +28,7 @@ from prism_pl.optim import Schedule, build_optimizer, check_finite, check_gradie
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import RowNeeds, with_discriminator, with_engine
 from prism_pl.strategy import building, check_trainer
 
 
@@ -52,8 +52,6 @@ class DiscriminatorModule(LightningModule):
             None runs the whole batch.
         export_dtype: of the exported backbone.
     """
-
-    row_needs = RowNeeds(demonstration=True)
 
     def __init__(
         self,
@@ -93,6 +91,8 @@ class DiscriminatorModule(LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.export_dtype: Literal["float32", "bfloat16"] = export_dtype
         self.processor = policy.processor()
+        needs = with_engine(RowNeeds(demonstration=True, unless_rejected=True), rollout, sampling)
+        self.row_needs = with_discriminator(needs, discriminator)
         self.policy: Any = None
         self.discriminator: Any = None
         self._rows: list[str] = []

@@ -373,6 +373,9 @@ def test_prompt_ids_are_known_from_image_sizes(processor, examples):
 
 
 def test_what_vllm_would_bend_is_refused(engine, examples):
+    many = replace(examples[0], id="many", images=examples[0].images * 5)
+    with pytest.raises(ValueError, match=r"row 'many' has 5 images, and the engine takes 4: raise its max_images"):
+        engine.generate([examples[0], many], 1, SAMPLED)
     with pytest.raises(ValueError, match=f"row '{examples[0].id}': a prompt of .* do not fit"):
         engine.generate(examples, 1, Sampling(max_tokens=10**6))
     with pytest.raises(ValueError, match=r"sampling.temperature is 0.001: vLLM"):
