@@ -1,7 +1,7 @@
 """Shipped data and configuration files: where they lie, and what the paths inside a YAML mean. Light: no heavy imports.
 
-A path or pattern (`data/*.parquet`) in a YAML is looked for beside the YAML, then in the current folder, then beside the shipped `configs/` and
-`assets/`; the first that exists is written back as an absolute path, so `config.yaml` of a run works from anywhere.
+A path or pattern (`data/*.parquet`) in a YAML is looked for beside the YAML, then in the current folder, then beside the
+shipped `configs/` and `assets/`; the first that exists is written back as an absolute path, so `config.yaml` of a run works from anywhere.
 A value that begins with `./` or `../` and exists nowhere becomes absolute too (beside the YAML), so that the error
 names the place; any other (a hub id such as `Qwen/Qwen3-VL-4B-Instruct`) is left as it is. Paths given on the command
 line are taken from the current folder, like those of any program. Which keys name paths: `prism_pl.input_paths`.
@@ -83,9 +83,8 @@ def _path_nodes(node: yaml.Node | None, key: str) -> Iterator[yaml.ScalarNode]:
     elif isinstance(node, yaml.SequenceNode):
         for place, item in enumerate(node.value):
             yield from _path_nodes(item, f"{key}.{place}")
-    elif isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str" and node.value:
-        if is_input_key(key):
-            yield node
+    elif isinstance(node, yaml.ScalarNode) and node.tag.endswith(":str") and node.value and is_input_key(key):
+        yield node
 
 
 def resolve_path(value: str, folder: Path) -> str:
