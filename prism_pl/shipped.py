@@ -1,10 +1,11 @@
 """Shipped data and configuration files: where they lie, and what the paths inside a YAML mean. Light: no heavy imports.
 
-A path or pattern (`data/*.parquet`) in a YAML is looked for beside the YAML, then in the current folder, then beside the
-shipped `configs/` and `assets/`; the first that exists is written back as an absolute path, so `config.yaml` of a run works from anywhere.
-A value that begins with `./` or `../` and exists nowhere becomes absolute too (beside the YAML), so that the error
-names the place; any other (a hub id such as `Qwen/Qwen3-VL-4B-Instruct`) is left as it is. Paths given on the command
-line are taken from the current folder, like those of any program. Which keys name paths: `prism_pl.input_paths`.
+A path or pattern (`data/*.parquet`) in a YAML is looked for beside the YAML, then in the current folder, then beside
+the shipped `configs/` and `assets/`; the first that exists is written back as an absolute path, so `config.yaml` of a
+run works from anywhere. A value that begins with `./` or `../` and exists nowhere becomes absolute too (beside the
+YAML), so that the error names the place; any other (a hub id such as `Qwen/Qwen3-VL-4B-Instruct`) is left as it is.
+Paths given on the command line are taken from the current folder, like those of any program. Which keys name paths:
+`prism_pl.input_paths`.
 """
 
 from collections.abc import Iterator

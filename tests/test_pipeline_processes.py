@@ -177,6 +177,7 @@ stages:
       model.policy.path: "{sft.export}"
       model.sampling.max_tokens: 24
       trainer.max_steps: 1
+      trainer.val_check_interval: 1
       data.num_train: 8
       data.num_validation: 4
       data.batch_size: 4
@@ -189,6 +190,7 @@ stages:
       model.num_rollouts: 2
       model.sampling.max_tokens: 24
       trainer.max_steps: 1
+      trainer.val_check_interval: 1
       data.num_train: 8
       data.num_validation: 4
       data.batch_size: 4
@@ -221,7 +223,9 @@ stages:
 @pytest.mark.slow
 def test_a_tiny_pipeline_from_the_base_policy_to_the_report(folder):
     Path("pipeline.yaml").write_text(TINY)
-    assert started().wait(timeout=600) == 0
+    process = started()
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
     rlvr = stages()["rlvr"]
     assert rlvr["results"]["step"] == 3
     assert "rlvr/val_accuracy" in rlvr["results"]["metrics"]
