@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 from prism_pl.fingerprint import hash_value
+from prism_pl.input_paths import ROW_FILES
 
 LINES = (".jsonl", ".ndjson")
 ARRAYS = (".json",)
-TABLES = (".parquet", ".arrow")
-KINDS = (*LINES, *ARRAYS, *TABLES)
 TEXT = "text"  # the column of a table of JSON lines
 # Pages of a mapped table count as this process's memory once they are read. Mapping it anew gives them back.
 READS_A_MAPPING = 1024
@@ -130,16 +129,16 @@ def _local_files(source: Source) -> list[str]:
     found = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
     if os.path.isdir(path):
         inside = [Path(path) / name for name in only] or sorted(Path(path).rglob("*"))
-        found = [str(file) for file in inside if file.suffix in KINDS]
+        found = [str(file) for file in inside if file.suffix in ROW_FILES]
         if not found:
-            raise ValueError(f"data: the folder {path} holds no file of a kind that is read: {', '.join(KINDS)}")
+            raise ValueError(f"data: the folder {path} holds no file of a kind that is read: {', '.join(ROW_FILES)}")
     for file in found:
         if os.path.isfile(file) and not os.path.getsize(file):
             raise ValueError(f"data: {file} holds no rows: it is empty")
         if not os.path.isfile(file):
             raise FileNotFoundError(f"data: there is no file {file}")
         if not _suffix(file):
-            raise ValueError(f"data: {file} is of no kind that is read: give {', '.join(KINDS)}")
+            raise ValueError(f"data: {file} is of no kind that is read: give {', '.join(ROW_FILES)}")
     if len({_kind(file) for file in found}) > 1:
         raise ValueError(f"data: {path} holds files of several kinds: give each kind as a source of its own")
     return found
@@ -161,7 +160,7 @@ def _only(source: Source) -> list[str]:
 
 
 def _suffix(path: str) -> str:
-    return Path(path).suffix if Path(path).suffix in KINDS else ""
+    return Path(path).suffix if Path(path).suffix in ROW_FILES else ""
 
 
 def _kind(file: str) -> str:

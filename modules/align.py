@@ -20,7 +20,7 @@ from prism_pl.aggregation import Metrics
 from prism_pl.batch import SequenceBatch
 from prism_pl.batch_draws import BatchDraws
 from prism_pl.chat import parse
-from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
+from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back, source_of
 from prism_pl.credit import Credit, check_credit, credited_advantages
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
@@ -157,6 +157,7 @@ class AdversarialAlignModule(LightningModule):
         self.policy: Any = None
         self.discriminator: Any = None
         self.reference: Any = None
+        self._reference_source: dict[str, str] | None = None
         self._engine_state: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
@@ -168,6 +169,7 @@ class AdversarialAlignModule(LightningModule):
             self.discriminator = self.build_discriminator()
         check_credit(self.credit, self.discriminator.experts)
         if self.kl.coefficient > 0:
+            self._reference_source = source_of(self.spec.path)
             with building(self, "reference", frozen=True):
                 self.reference = build_policy(self.spec).eval().requires_grad_(False)
         self.collator = PromptCollator(
@@ -344,7 +346,7 @@ class AdversarialAlignModule(LightningModule):
             self._start_engine()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        leave_out(checkpoint, "reference")
+        leave_out(checkpoint, "reference", self._reference_source)
         keep_plain_hyperparameters(checkpoint)
         checkpoint["rollout"] = self.rollout.state_dict()
         if self.governor is not None:
@@ -352,7 +354,7 @@ class AdversarialAlignModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.reference is not None:
-            put_back(checkpoint, "reference", self.reference)
+            put_back(checkpoint, "reference", self.reference, self._reference_source)
         self._engine_state = checkpoint["rollout"]
         if self.governor is not None and "governor" in checkpoint:  # not in that of a run without one
             self.governor.load_state_dict(checkpoint["governor"])

@@ -18,7 +18,7 @@ from prism_pl.advantages import Scale, group_advantages, groups_with_variance
 from prism_pl.aggregation import Metrics, combine_metrics
 from prism_pl.batch import Example, SequenceBatch
 from prism_pl.batch_draws import BatchDraws
-from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
+from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back, source_of
 from prism_pl.groups import Group, GroupBuffer, groups_worth_training, make_groups, shuffled_minibatches
 from prism_pl.lora import whole_parameters
 from prism_pl.mismatch import MismatchCorrection
@@ -165,6 +165,7 @@ class RLVRModule(LightningModule):
         self.timer = PhaseTimer()
         self.policy: Any = None
         self.reference: Any = None
+        self._reference_source: dict[str, str] | None = None
         self.shuffle_seed: int | None = None
         self._engine_state: dict[str, Any] | None = None
 
@@ -174,6 +175,7 @@ class RLVRModule(LightningModule):
         with building(self, "policy"):
             self.policy = build_policy(self.spec, self.freeze_patterns)
         if self.kl.coefficient > 0:
+            self._reference_source = source_of(self.spec.path)
             with building(self, "reference", frozen=True):
                 self.reference = build_policy(self.spec).eval().requires_grad_(False)
 
@@ -338,14 +340,14 @@ class RLVRModule(LightningModule):
             self._start_engine()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        leave_out(checkpoint, "reference")
+        leave_out(checkpoint, "reference", self._reference_source)
         keep_plain_hyperparameters(checkpoint)
         checkpoint["rollout"] = self.rollout.state_dict()
         checkpoint["rlvr"] = {"buffer": self.buffer.state_dict(), "shuffle_seed": self.shuffle_seed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.reference is not None:
-            put_back(checkpoint, "reference", self.reference)
+            put_back(checkpoint, "reference", self.reference, self._reference_source)
         self._engine_state = checkpoint["rollout"]
         self.buffer.load_state_dict(checkpoint["rlvr"]["buffer"])
         self.shuffle_seed = checkpoint["rlvr"]["shuffle_seed"]

@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric
 
 from prism_pl.batch import Example
 from prism_pl.batch_draws import BatchDraws
-from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
+from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back, source_of
 from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.losses import soft_clip
@@ -94,6 +94,7 @@ class DiscriminatorModule(LightningModule):
         needs = with_engine(RowNeeds(demonstration=True, unless_rejected=True), rollout, sampling)
         self.row_needs = with_discriminator(needs, discriminator)
         self.policy: Any = None
+        self._policy_source: dict[str, str] | None = None
         self.discriminator: Any = None
         self._rows: list[str] = []
         self._held_out: dict[str, list[str]] = {}
@@ -104,6 +105,7 @@ class DiscriminatorModule(LightningModule):
         if self.discriminator is not None:
             return
         if self.rollout is not None:
+            self._policy_source = source_of(self.spec.path)
             with building(self, "policy", frozen=True):
                 self.policy = build_policy(self.spec).eval().requires_grad_(False)
         with building(self, "discriminator"):
@@ -202,14 +204,14 @@ class DiscriminatorModule(LightningModule):
             self._start_engine()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        leave_out(checkpoint, "policy")
+        leave_out(checkpoint, "policy", self._policy_source)
         keep_plain_hyperparameters(checkpoint)
         checkpoint["rollout"] = None if self.rollout is None else self.rollout.state_dict()
         checkpoint["reached_ceiling"] = self.reached_ceiling
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:
-            put_back(checkpoint, "policy", self.policy)
+            put_back(checkpoint, "policy", self.policy, self._policy_source)
         self._engine_state = checkpoint["rollout"]
         self.reached_ceiling = checkpoint["reached_ceiling"]
 

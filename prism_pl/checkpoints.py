@@ -1,20 +1,40 @@
 """What a run's checkpoint holds: the trained networks, and plain values."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from prism_pl.fingerprint import hash_path
+
 PLAIN = (str, int, float, bool, type(None))
 
 
-def leave_out(checkpoint: dict[str, Any], name: str) -> None:
-    """Take a frozen network's weights out of a checkpoint: they lie at the network's own path."""
+def source_of(path: str) -> dict[str, str] | None:
+    """What a frozen network is built from, before it is: its path and a hash of all files there. None of a hub id."""
+    return {"path": path, "sha256": hash_path(Path(path))} if Path(path).is_dir() else None
+
+
+def leave_out(checkpoint: dict[str, Any], name: str, source: dict[str, str] | None) -> None:
+    """Take a frozen network's weights out of a checkpoint: they lie at the network's own path, `source`."""
     weights = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key: w for key, w in weights.items() if not key.startswith(f"{name}.")}
+    checkpoint[f"{name}_source"] = source
 
 
-def put_back(checkpoint: dict[str, Any], name: str, network: nn.Module) -> None:
-    """Undo `leave_out` with the weights of the network as built, so that loading stays strict about all others."""
+def put_back(checkpoint: dict[str, Any], name: str, network: nn.Module, source: dict[str, str] | None) -> None:
+    """Undo `leave_out` with the weights of the network as built, so that loading stays strict about all others.
+
+    Raises:
+        ValueError: other files lie at the path than those that the run began with. (A path that was changed is a
+            setting that was changed, which the run's folder refuses or the user insists on.)
+    """
+    before = checkpoint.get(f"{name}_source")
+    if before and source and before["path"] == source["path"] and before["sha256"] != source["sha256"]:
+        raise ValueError(
+            f"model.init_args.policy.path: {source['path']} holds other files than when this run began, and its frozen "
+            f"{name} network is read from there again: bring them back, or start anew with --fresh"
+        )
     checkpoint["state_dict"].update({f"{name}.{key}": w for key, w in network.state_dict().items()})
 
 

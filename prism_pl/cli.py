@@ -8,6 +8,8 @@ import contextlib
 import importlib
 import pkgutil
 import sys
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -129,6 +131,18 @@ class PrismParser(LightningArgumentParser):
         return super().parse_string(content, *args, **kwargs)
 
 
+def completed(parser: LightningArgumentParser, config: dict[str, Any]) -> dict[str, Any]:
+    """A command's configuration, as plain values, with what it lacks at today's defaults.
+
+    Raises:
+        UsageError: it has what the code does not know, or lacks what has no default.
+    """
+    try:
+        return yaml.safe_load(parser.dump(parser.parse_object(deepcopy(config)), skip_none=False))
+    except ParseError as error:
+        raise UsageError(error.message) from error
+
+
 class PrismCLI(LightningCLI):
     """LightningCLI with our defaults.
 
@@ -233,8 +247,9 @@ class PrismCLI(LightningCLI):
             refuse_lost_checkpoint(folder)
             return
         self.resumed = read_summary(self.resume_from)
-        plain = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
-        changes = refuse_other_settings(folder, plain)
+        parser = self._parser("fit")
+        plain = yaml.safe_load(parser.dump(config, skip_none=False))
+        changes = refuse_other_settings(folder, plain, partial(completed, parser))
         changed = f" Changed since: {'; '.join(changes)}." if changes else ""
         self._say_what_is_lost()
         gone = f"{folder / LAST} is gone. " if self.resume_from.name == PREVIOUS else ""

@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -86,14 +87,45 @@ def _git(root: Path, *args: str) -> str:
     return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    """What differs, as `model.init_args.alpha: 0.5 -> 0.3`; a key that one side lacks is `(absent)` there."""
+@dataclass(frozen=True)
+class Difference:
+    """A value that two configurations do not share.
+
+    Attributes:
+        keys: where it stands: names, and places in lists.
+        old, new: the values; ABSENT on a side that has no such key.
+    """
+
+    keys: tuple[str | int, ...]
+    old: Any
+    new: Any
+
+    @property
+    def key(self) -> str:
+        """Where it stands, as one would type it."""
+        return ".".join(map(str, self.keys))
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_short(self.old)} -> {_short(self.new)}"
+
+
+def compare(old: Any, new: Any, keys: tuple[str | int, ...] = ()) -> Iterator[Difference]:
+    """What differs, key by key; lists of one length place by place. Of another class only the class: its options are
+    others."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(name for name in new if name not in old)]:
-            below = f"{key}.{name}" if key else str(name)
-            yield from differences(old.get(name, ABSENT), new.get(name, ABSENT), below)
+        other_class = old.get("class_path") != new.get("class_path")
+        for name in ["class_path"] if other_class else [*old, *(name for name in new if name not in old)]:
+            yield from compare(old.get(name, ABSENT), new.get(name, ABSENT), (*keys, name))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for place, both in enumerate(zip(old, new, strict=True)):
+            yield from compare(*both, (*keys, place))
     elif old != new:
-        yield f"{key}: {_short(old)} -> {_short(new)}"
+        yield Difference(keys, old, new)
+
+
+def differences(old: Any, new: Any) -> Iterator[str]:
+    """What differs, as `model.init_args.alpha: 0.5 -> 0.3`; a key that one side lacks is `(absent)` there."""
+    return map(str, compare(old, new))
 
 
 class _Absent:

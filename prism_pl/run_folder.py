@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from prism_pl.checkpoint_files import LAST, whole_file
 from prism_pl.errors import UsageError
 from prism_pl.folders import free_folder
+from prism_pl.requested import Complete, requested
 
 # Lightning starts the processes of further ranks with the same command line and environment: they take the folder the
 # first one chose.
@@ -176,15 +177,17 @@ def hush_writer_threads() -> None:
     threading.excepthook = hook
 
 
-def refuse_other_settings(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Compare a start with the one before in the same folder.
+def refuse_other_settings(folder: Path, config: dict[str, Any], complete: Complete) -> list[str]:
+    """Compare a start with the one before in the same folder. Options that the code has gained or lost since are no
+    other settings.
 
     Args:
         folder: the run's folder.
         config: the configuration of this start, as plain values.
+        complete: how today's code completes a configuration.
 
     Returns:
-        What differs outside of model, data and seed, as `trainer.max_steps 100 -> 200`.
+        What differs outside of model, data and seed, as `trainer.max_steps: 100 -> 200`.
 
     Raises:
         UsageError: the model's, the data's or the seed's settings differ from those of the run to go on with.
@@ -193,25 +196,11 @@ def refuse_other_settings(folder: Path, config: dict[str, Any]) -> list[str]:
     if not path.is_file():
         return []
     earlier = yaml.safe_load(path.read_text())
-    changes = list(_changes(earlier, config, ""))
-    essential = [text for key, text in changes if key.split(".")[0] in ("model", "data", "seed_everything")]
+    changes, _ = requested(earlier, config, complete)
+    essential = [str(change) for change in changes if change.key.split(".")[0] in ("model", "data", "seed_everything")]
     if essential:
         raise UsageError(
             f"{folder} holds a run with other settings: {'; '.join(essential)}. Start anew with --fresh, or choose "
             f"another --trainer.default_root_dir, or go on all the same with --ckpt_path {folder / LAST}."
         )
-    return [text for _, text in changes]
-
-
-def _changes(old: Any, new: Any, key: str) -> Iterator[tuple[str, str]]:
-    # Keys that only one side has come from another version of the code; a changed class shows in its class_path.
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in old.keys() & new.keys():
-            yield from _changes(old[name], new[name], f"{key}.{name}" if key else name)
-    elif old != new:
-        yield key, f"{key} {_short(old)} -> {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return [str(change) for change in changes]

@@ -1,23 +1,20 @@
 """Shipped data and configuration files: where they lie, and what the paths inside a YAML mean. Light: no heavy imports.
 
-A path in a YAML is looked for beside the YAML, then in the current folder, then beside the shipped `configs/` and
-`assets/`; the first that exists is written back as an absolute path, so `config.yaml` of a run works from anywhere.
-A value that begins with `./` or `../` and exists nowhere becomes absolute too (beside the YAML), so that the error
-names the place; any other (a hub id such as `Qwen/Qwen3-VL-4B-Instruct`) is left as it is. Paths given on the command
-line are taken from the current folder, like those of any program.
+A path or pattern (`data/*.parquet`) in a YAML is looked for beside the YAML, then in the current folder, then beside
+the shipped `configs/` and `assets/`; the first that exists is written back as an absolute path, so `config.yaml` of a
+run works from anywhere. A value that begins with `./` or `../` and exists nowhere becomes absolute too (beside the
+YAML), so that the error names the place; any other (a hub id such as `Qwen/Qwen3-VL-4B-Instruct`) is left as it is.
+Paths given on the command line are taken from the current folder, like those of any program. Which keys name paths:
+`prism_pl.input_paths`.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from prism_pl.errors import UsageError, did_you_mean
-
-# Keys whose values are inputs. Outputs (default_root_dir, dirpath, save_dir) mean the current folder and stay.
-PATH_KEY = re.compile(r"(^|_)(path|paths|file|files|folder|folders)$|^pass_rates$")
-NO_PATH_KEYS = frozenset({"class_path"})
+from prism_pl.input_paths import absolute, is_input_key
 
 
 def shipped_root() -> Path:
@@ -72,7 +69,7 @@ def resolve_paths(text: str, folder: Path) -> str:
         tree = yaml.compose(text)
     except yaml.YAMLError:
         return text
-    edits = {node.start_mark.index: node for node in _path_nodes(tree, is_path=False)}
+    edits = {node.start_mark.index: node for node in _path_nodes(tree, "")}
     for start, node in sorted(edits.items(), reverse=True):
         resolved = resolve_path(node.value, folder)
         if resolved != node.value:
@@ -81,15 +78,14 @@ def resolve_paths(text: str, folder: Path) -> str:
     return text
 
 
-def _path_nodes(node: yaml.Node | None, is_path: bool) -> Iterator[yaml.ScalarNode]:
+def _path_nodes(node: yaml.Node | None, key: str) -> Iterator[yaml.ScalarNode]:
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = str(key.value)
-            yield from _path_nodes(value, bool(PATH_KEY.search(name)) and name not in NO_PATH_KEYS)
+        for name, value in node.value:
+            yield from _path_nodes(value, f"{key}.{name.value}" if key else str(name.value))
     elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _path_nodes(item, is_path)
-    elif isinstance(node, yaml.ScalarNode) and is_path and node.tag == "tag:yaml.org,2002:str" and node.value:
+        for place, item in enumerate(node.value):
+            yield from _path_nodes(item, f"{key}.{place}")
+    elif isinstance(node, yaml.ScalarNode) and node.tag.endswith(":str") and node.value and is_input_key(key):
         yield node
 
 
@@ -98,6 +94,6 @@ def resolve_path(value: str, folder: Path) -> str:
     if Path(value).is_absolute():
         return value
     for base in (folder, Path.cwd(), shipped_root()):
-        if (base / value).exists():
-            return str((base / value).resolve())
+        if (found := absolute(value, base)) is not None:
+            return found
     return str((folder / value).resolve()) if value.startswith(("./", "../")) else value

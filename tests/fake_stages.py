@@ -52,10 +52,17 @@ class FakeJob:
 
 
 class FakeRunner:
-    """Remembers what it started. `codes` are exit codes by stage; None runs until it is interrupted."""
+    """Remembers what it started. `codes` are exit codes by stage; None runs until it is interrupted. `model` are
+    options of the model with their defaults; `lost` is one that the code does not know (any more)."""
 
-    def __init__(self, codes: dict[str, int | None] | None = None, on_poll: Callable[[], Any] = lambda: None) -> None:
-        self.codes, self.on_poll = codes or {}, on_poll
+    def __init__(
+        self,
+        codes: dict[str, int | None] | None = None,
+        on_poll: Callable[[], Any] = lambda: None,
+        model: dict[str, Any] | None = None,
+        lost: str = "",
+    ) -> None:
+        self.codes, self.on_poll, self.model, self.lost = codes or {}, on_poll, model or {}, lost
         self.started: list[str] = []
         self.jobs: list[FakeJob] = []
 
@@ -76,7 +83,13 @@ class FakeRunner:
             if last == "wrong":
                 raise UsageError("There is no key wrong.")
             place[last] = yaml.safe_load(value)
-        return config
+        return self.complete(args[0], config)
+
+    def complete(self, command: str, config: dict[str, Any]) -> dict[str, Any]:
+        model = config.get("model", {})
+        if self.lost in model:
+            raise UsageError(f"There is no option {self.lost}.")
+        return config | {"model": self.model | model}
 
     def start(self, args: list[str], log: Path, on_screen: bool) -> FakeJob:
         self.started.append(log.parent.name)

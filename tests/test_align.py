@@ -261,8 +261,11 @@ def test_the_reference_stays_and_is_left_out_of_the_checkpoint(random_policy, tm
     trainer, _ = fit(module, Rows(make_examples(2)), tmp_path)
     assert equal(weights(module.reference), before)
     trainer.save_checkpoint(tmp_path / "step.ckpt")
-    state = torch.load(tmp_path / "step.ckpt", weights_only=True)["state_dict"]
-    assert {name.split(".")[0] for name in state} == {"policy", "discriminator"}
+    saved = torch.load(tmp_path / "step.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"policy", "discriminator"}
+    saved["reference_source"]["sha256"] = "of an export that was made anew"
+    with pytest.raises(ValueError, match=r"policy\.path: .* other files than when this run began, and its frozen ref"):
+        module.on_load_checkpoint(saved)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(random_policy, tmp_path):

@@ -1,10 +1,13 @@
 """The command line: front door, configuration files, errors, and a run's folder, on a system of one weight."""
 
+import glob
 import os
 import pickle
 import subprocess
 import sys
 import time
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ import yaml
 
 from prism_pl.__main__ import main
 from prism_pl.folders import checkpoint_name
+from prism_pl.pipeline.resolve import Resolver
+from prism_pl.requested import requested
 from prism_pl.run_folder import default_folder, fresh_folder, write_config
 from prism_pl.shipped import find_config, resolve_paths, shipped_root, stage_of
 
@@ -235,6 +240,30 @@ def test_paths_in_a_yaml_are_taken_beside_it_then_here_then_from_the_shipped_dat
     assert resolved("here/..")[0] == str(folder / "configs/weights")
 
 
+def test_rows_named_by_a_bare_string_or_a_pattern_are_taken_beside_the_yaml(folder, monkeypatch):
+    beside = folder / "be[s]ide"
+    beside.mkdir()
+    for name in ("rows.jsonl", "more-1.jsonl"):
+        (beside / name).write_text("{}")
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    text = """
+data: {class_path: x.Y, init_args: {
+  train: rows.jsonl, validation: [rows.jsonl, 'more-*.jsonl', owner/name], test: {path: none-*.jsonl}, columns: {}}}
+train: rows.jsonl
+"""
+    found = yaml.safe_load(resolve_paths(text, beside))
+    assert found.pop("train") == "rows.jsonl"
+    rows, more = str(beside / "rows.jsonl"), str(folder / "be[[]s]ide/more-*.jsonl")
+    assert found["data"]["init_args"] == {
+        "train": rows,
+        "validation": [rows, more, "owner/name"],
+        "test": {"path": "none-*.jsonl"},
+        "columns": {},
+    }
+    assert glob.glob(more) == [str(beside / "more-1.jsonl")]
+
+
 def test_callbacks_plus_appends(folder):
     (folder / "more.yaml").write_text(
         "trainer:\n  callbacks+:\n"
@@ -276,7 +305,7 @@ def test_a_run_lies_in_its_folder_and_the_same_command_goes_on(folder, caplog):
 
     assert main([*command, "--trainer.max_steps", "3"]) == 0
     assert "Going on from runs/dummy/checkpoints/last.ckpt" in caplog.text
-    assert "trainer.max_steps 2 -> 3" in caplog.text
+    assert "trainer.max_steps: 2 -> 3" in caplog.text
     assert last_step(run) == 3
     # d(w x + b)/dw = x = 1, so one SGD step at lr 0.1 lowers the weight by 0.1: one step was added to two, not three.
     added = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["layer.weight"] - weights
@@ -289,12 +318,57 @@ def test_other_settings_in_the_same_folder_are_refused_and_fresh_starts_beside(f
     assert main(["fit", "--config", "dummy.yaml"]) == 0
     assert main(command) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "model.init_args.alpha 0.5 -> 0.25" in error
+    assert "model.init_args.alpha: 0.5 -> 0.25" in error
     assert "--fresh" in error
     assert main([*command, "--fresh"]) == 0
     assert last_step(folder / "runs/dummy-2") == 2
     assert yaml.safe_load((folder / "runs/dummy-2/config.yaml").read_text())["model"]["init_args"]["alpha"] == 0.25
     assert yaml.safe_load((folder / "runs/dummy/config.yaml").read_text())["model"]["init_args"]["alpha"] == 0.5
+
+
+def test_options_of_another_version_of_the_code_are_no_other_settings(folder, caplog, capsys):
+    command = ["fit", "--config", "dummy.yaml", "--model.signals", "{7: 2}"]
+    assert main(command) == 0
+    file = folder / "runs/dummy/config.yaml"
+    earlier = yaml.safe_load(file.read_text())
+    model = earlier["model"]["init_args"]
+    del model["alpha"], earlier["trainer"]["min_epochs"]
+    model["old"] = 3
+    file.write_text(yaml.safe_dump(earlier))
+    assert main(command) == 0
+    assert "was finished already" in caplog.text
+    assert main([*command, "--model.alpha", "0.25"]) == 2
+    assert "other settings: model.init_args.alpha: (absent) -> 0.25. Start" in capsys.readouterr().err
+    model["signals"] = {}
+    file.write_text(yaml.safe_dump(earlier))
+    assert main(command) == 2
+    assert "other settings: model.init_args.signals.7: (absent) -> 2. Start" in capsys.readouterr().err
+
+
+def test_of_a_shipped_configuration_only_what_was_asked_for_is_a_change():
+    resolve = Resolver()
+    new = resolve(["fit", "--config", "align.yaml", "--trainer.profiler", "lightning.pytorch.profilers.SimpleProfiler"])
+    export = next(n for n, one in enumerate(new["trainer"]["callbacks"]) if one["class_path"] == "callbacks.Export")
+    health = next(n for n, one in enumerate(new["trainer"]["callbacks"]) if one["class_path"].endswith("Health"))
+    new["trainer"]["callbacks"][health]["init_args"]["window"] = 5
+    old = deepcopy(new)
+    del old["trainer"]["callbacks"][export]["init_args"], old["trainer"]["callbacks"][health]["init_args"]["window"]
+    del old["model"]["init_args"]["credit"], old["model"]["init_args"]["sampling"]["top_k"], old["trainer"]["profiler"]
+    old["trainer"]["reload"] = old["model"]["init_args"]["policy"]["dtype"] = "auto"
+    old["model"]["init_args"]["policy_optimizer"]["class_path"] = "torch.optim.SGD"
+    asked, others = requested(old, new, partial(resolve.complete, "fit"))
+    assert {one.key for one in asked} == {
+        "trainer.profiler",
+        f"trainer.callbacks.{health}.init_args.window",
+        "model.init_args.policy_optimizer.class_path",
+    }
+    assert {one.key for one in others} == {
+        "trainer.reload",
+        f"trainer.callbacks.{export}.init_args",
+        "model.init_args.credit",
+        "model.init_args.policy.dtype",
+        "model.init_args.sampling.top_k",
+    }
 
 
 def test_yaml_wins_over_the_hyperparameters_in_a_checkpoint(folder):

@@ -17,6 +17,7 @@ from modules.pass_rates import PassRateModule
 from prism_pl.__main__ import main
 from prism_pl.chat import render
 from prism_pl.pass_rates import KEPT_IDS, PASS_RATES, histogram, read_pass_rates, read_recipe
+from prism_pl.pipeline.results import results_of
 from prism_pl.policy import PolicySpec
 from prism_pl.rewards import RewardOutput
 from prism_pl.rollout.engine import Sampling
@@ -52,6 +53,20 @@ def test_pass_rates_by_hand(random_policy, tmp_path):
     predict(tmp_path, random_policy, rows, [OTHER, OTHER])
     assert {path.name for path in tmp_path.iterdir()} == {PASS_RATES, "pass_rates-1.jsonl"}
     assert read_pass_rates(tmp_path / PASS_RATES) == {"row-0": 0.0, "row-1": 1.0, "row-2": 0.0}
+
+
+def test_the_pipeline_reads_the_file_as_predict_writes_it(random_policy, tmp_path):
+    rows = make_examples(3)
+    rows[1].answers = ["9"]
+    predict(tmp_path, random_policy, rows, [RIGHT, BARE, OTHER, RIGHT])  # pass rates 1/2, 1/4, 1/2
+    assert results_of({"kind": "predict"}, tmp_path, (0.2, 0.3)) == {  # pyright: ignore[reportArgumentType]
+        "prompts": 3,
+        "mean_pass_rate": pytest.approx(5 / 12),
+        "keep": (0.2, 0.3),
+        "kept": 1,
+        "none_right": 0,
+        "all_right": 0,
+    }
 
 
 class Killed(Scripted):

@@ -13,6 +13,7 @@ from prism_pl.__main__ import main
 from prism_pl.errors import PipelineFailed, Stopped, UsageError
 from prism_pl.ledger import locked
 from prism_pl.pipeline import jobs
+from prism_pl.pipeline.command import run
 from tests.fake_stages import FakeRunner, ledger, start, statuses, write_pipeline
 
 ALL = ["base", "sft", "align", "filter", "rlvr", "filter-sft", "baseline", "evaluate-rlvr", "evaluate-baseline"]
@@ -246,6 +247,81 @@ def test_other_versions_than_a_stage_ran_on_are_said(capsys):
     assert start().started == []
     here = content["stages"]["rlvr"]["versions"]["torch"]
     assert f"other versions than are here now: torch: 1.0 -> {here} (sft, align)\n" in capsys.readouterr().out
+
+
+def test_an_option_that_the_code_has_gained_is_said_and_stops_only_with_another_value(capsys):
+    start()
+    assert start(runner=FakeRunner(model={"new": {"size": 1}})).started == []
+    names = ", ".join(ALL)
+    assert (
+        f"other versions than are here now: model.new: (absent) -> {{'size': 1}} ({names})\n" in capsys.readouterr().out
+    )
+    with pytest.raises(UsageError, match=r"align: model\.new: \(absent\) -> 2\. Put it back"):
+        start("--align.model.new", "2", runner=FakeRunner(model={"new": 1}))
+    # Nobody's default: a user's own key.
+    with pytest.raises(UsageError, match=r"align: model\.own: \(absent\) -> 1\. Put it back"):
+        start("--align.model.own", "1", runner=FakeRunner(model={"new": 1}))
+
+
+def test_an_option_that_the_code_has_lost_is_said_and_a_users_own_key_that_is_gone_stops(capsys):
+    start("--align.model.own", "1", runner=FakeRunner(model={"old": 1}))
+    capsys.readouterr()
+    assert start("--align.model.own", "1", runner=FakeRunner(lost="old")).started == []
+    assert "model.old: 1 -> (absent) (base, sft" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"stages that were made otherwise\. align: model\.own: 1 -> \(absent\)\. Put"):
+        start(runner=FakeRunner(lost="old"))
+
+
+ROWS = '{"question": "1 + 1?", "answers": ["2"]}\n'
+NAMED = {
+    "string": "rows.jsonl",
+    "list": "[more.jsonl, rows.jsonl]",
+    "mapping": "{path: rows.jsonl}",
+    "mappings": "[{path: rows.jsonl}, {path: more.jsonl}]",
+    "pattern": "'r*.jsonl'",
+    "pattern in a mapping": "{path: './r*.jsonl'}",
+}
+
+
+@pytest.mark.parametrize("how", NAMED)
+def test_rows_that_were_edited_are_noticed_however_the_yaml_names_them(how):
+    for name in ("rows.jsonl", "more.jsonl"):
+        Path(name).write_text(ROWS)
+    edit("sft.yaml", "data: {}", f"data: {{init_args: {{train: {NAMED[how]}}}}}")
+    start()
+    sha = ledger()["stages"]["sft"]["data_sha256"]
+    assert start().started == []
+    Path("rows.jsonl").write_text(ROWS.replace("2", "3"))
+    with pytest.raises(UsageError, match=r"sft: \S*(rows|r\*)\.jsonl \(data\.init_args\.train\S*\) has other contents"):
+        start()
+    assert start("--update").started[0] == "sft"
+    assert ledger()["stages"]["sft"]["data_sha256"] != sha
+    Path("rows.jsonl").unlink()
+    assert start().started == []
+    with pytest.raises(UsageError, match=r"sft: data\.init_args\.train\S*: there is no \S*(rows|r\*)\.jsonl"):
+        start("--sft.model.lr", "0.3", "--update")
+
+
+@pytest.mark.parametrize(
+    "value", ["gone.jsonl", "[rows.jsonl, gone.jsonl]", "{path: gone.jsonl}", "./gone", "'g*.jsonl'"]
+)
+def test_rows_that_are_not_there_stop_before_the_first_stage(value):
+    Path("rows.jsonl").write_text(ROWS)
+    edit("sft.yaml", "data: {}", f"data: {{train: {value}}}")
+    with pytest.raises(UsageError, match=r"sft: data\.train\S*: there is no \S*g(one|\*)\S*\. Nothing was started"):
+        start()
+    edit("sft.yaml", value, "prism-vlm/rl_dataset")
+    assert start().started == [*ALL, "report"]
+
+
+def test_rows_that_a_pipeline_names_are_those_beside_it(tmp_path, monkeypatch):
+    Path("rows.jsonl").write_text(ROWS)
+    edit("pipeline.yaml", "sft.yaml, set: {", "sft.yaml, set: {data.train: [rows.jsonl, 'r*.jsonl', owner/name], ")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    run(["pipeline", "--config", "../pipeline.yaml", "--run_folder", "run"], FakeRunner())
+    found = ledger()["stages"]["sft"]["config"]["data"]["train"]
+    assert found == [str(tmp_path / "rows.jsonl"), str(tmp_path / "r*.jsonl"), "owner/name"]
 
 
 def test_a_moved_run_folder_is_still_finished():

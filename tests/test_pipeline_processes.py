@@ -170,11 +170,45 @@ stages:
       data.num_train: 8
       data.num_validation: 4
       data.batch_size: 4
+  warmup:
+    command: fit
+    config: warmup.yaml
+    set:
+      model.policy.path: "{sft.export}"
+      model.sampling.max_tokens: 24
+      trainer.max_steps: 1
+      trainer.val_check_interval: 1
+      data.num_train: 8
+      data.num_validation: 4
+      data.batch_size: 4
+  align:
+    command: fit
+    config: align.yaml
+    set:
+      model.policy.path: "{sft.export}"
+      model.discriminator.path: "{warmup.export}"
+      model.num_rollouts: 2
+      model.sampling.max_tokens: 24
+      trainer.max_steps: 1
+      trainer.val_check_interval: 1
+      data.num_train: 8
+      data.num_validation: 4
+      data.batch_size: 4
+  filter:
+    command: predict
+    config: filter.yaml
+    set:
+      model.policy.path: "{align.export}"
+      model.num_samples: 2
+      model.sampling.max_tokens: 24
+      data.num_train: 8
   rlvr:
     command: fit
     config: rlvr.yaml
     set:
-      model.policy.path: "{sft.export}"
+      model.policy.path: "{align.export}"
+      data.pass_rates: "{filter.pass_rates}"
+      data.keep: [0.0, 1.0]
       model.sampling.max_tokens: 24
       trainer.max_steps: "{sft.trainer.max_steps + sft.trainer.val_check_interval}"
       trainer.val_check_interval: 1
@@ -182,22 +216,31 @@ stages:
       data.num_validation: 4
       data.batch_size: 4
   evaluate-rlvr: {command: test, set: {model.name: rlvr, model.policy.path: "{rlvr.export}"}}
+  report: {command: report}
 """
 
 
 @pytest.mark.slow
-def test_a_tiny_pipeline_from_the_base_policy_to_evaluations(folder):
+def test_a_tiny_pipeline_from_the_base_policy_to_the_report(folder):
     Path("pipeline.yaml").write_text(TINY)
-    assert started().wait(timeout=600) == 0
+    process = started()
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
     rlvr = stages()["rlvr"]
     assert rlvr["results"]["step"] == 3
     assert "rlvr/val_accuracy" in rlvr["results"]["metrics"]
-    assert rlvr["parents"]["sft"]["export"] == stages()["sft"]["outputs"]["export"]
+    assert rlvr["results"]["kept"] == stages()["filter"]["results"]["kept"] == 8
+    assert rlvr["parents"] == {
+        "align": {"export": stages()["align"]["outputs"]["export"]},
+        "filter": {"pass_rates": stages()["filter"]["outputs"]["pass_rates"]},
+    }
+    assert "align/val_accuracy" in stages()["align"]["results"]["metrics"]
+    assert "# " in Path("run/report/report.md").read_text()
     assert set(stages()["evaluate-rlvr"]["results"]["tables"]) == {"test", "hard"}
     assert yaml.safe_load(Path("run/rlvr/config.yaml").read_text())["trainer"]["max_steps"] == 3
     process = started()
     said, _ = process.communicate(timeout=120)
-    assert "run was finished already: 4 stages" in said
+    assert "run was finished already: 8 stages" in said
     process = started("--rlvr.model.optimizer.init_args.lr", "1e-5")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2

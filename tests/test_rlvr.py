@@ -305,3 +305,15 @@ def test_scales_and_sequence_ratio_run(random_policy, tmp_path):
         module = make(random_policy, [R, W], scale=scale, policy_loss=GSPO(), updates_per_batch=2)
         _, record = fit(module, Rows(make_examples(2)), tmp_path, max_steps=2)
         assert record.steps[0]["rlvr/clip_fraction"] > 0
+
+
+def test_a_reference_that_was_made_anew_meanwhile_is_not_gone_on_with(random_policy):
+    module = make(random_policy, [R], kl=KLPenalty(0.1))
+    module.configure_model()
+    module.rollout.start(module.policy, module.processor, rank=0)
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"policy"}
+    checkpoint["reference_source"] = checkpoint["reference_source"] | {"sha256": "of an export that was made anew"}
+    with pytest.raises(ValueError, match=r"policy\.path: .* other files than when this run began, and its frozen ref"):
+        module.on_load_checkpoint(checkpoint)

@@ -1,6 +1,7 @@
 """The warm start: what it pairs, what it trains, when it stops."""
 
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -214,6 +215,28 @@ def test_held_out_rollouts_are_drawn_once(random_policy, tmp_path):
     fit(module, Rows(make_examples(4), make_examples(2)), tmp_path, max_steps=4, num_sanity_val_steps=0)
     # 4 steps x 4 rows, and the 2 held-out rows once in 2 validations.
     assert engine.num_drawn == 4 * 4 + 2
+
+
+def test_a_policy_that_was_made_anew_meanwhile_is_not_gone_on_with(random_policy, tmp_path, monkeypatch):
+    shutil.copytree(random_policy, tmp_path / "export")
+    shutil.copytree(random_policy, tmp_path / "same")
+    rows = Rows(make_examples(4), make_examples(2))
+    trainer, _ = fit(make_module(str(tmp_path / "export"), ScriptedEngine()), rows, tmp_path, max_steps=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def go_on(name):
+        again = make_module(str(tmp_path / name), ScriptedEngine())
+        again.configure_model()
+        again.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
+
+    for name in ("export", "same"):
+        go_on(name)
+    weights = tmp_path / "export" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"policy\.path: \S*export holds other files .* frozen policy .*--fresh"):
+        go_on("export")
 
 
 def test_a_checkpoint_leaves_the_policy_out_and_goes_on(random_policy, tmp_path):

@@ -5,6 +5,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,14 +18,13 @@ from prism_pl.ledger import LOCK, Ledger, locked, plain
 from prism_pl.pipeline.execute import Execution
 from prism_pl.pipeline.fork import follow, fork
 from prism_pl.pipeline.graph import Graph, build_graph, command_of
+from prism_pl.pipeline.inputs import missing_inputs, outside_inputs
 from prism_pl.pipeline.jobs import ProcessRunner, Runner
 from prism_pl.pipeline.plan import (
     Step,
     Wanted,
     make_plan,
-    missing_inputs,
     other_versions,
-    outside_inputs,
     refuse_changes,
     refuse_missing,
     took,
@@ -117,7 +117,7 @@ class Start:
             ledger.stages[name] = ledger.content["dropped"].pop(name)
         follow(ledger)
         self.wanted = self._resolve(ledger, runner, set())
-        plan = make_plan(self.graph, self.wanted, ledger, self.update)
+        plan = make_plan(self.graph, self.wanted, ledger, self.update, lambda kind: partial(runner.complete, kind))
         anew = {name for name, step in plan.items() if step.action == "rerun"}
         if any(ledger.stages[name]["taken_from"] for name in anew & ledger.stages.keys()):
             # What was taken from another pipeline runs anew in this one's folder.
@@ -128,7 +128,7 @@ class Start:
             print(f"  {step.action:<6}  {name:<{width}}  {step.reason}")
         for name in ledger.content["dropped"]:
             print(f"  {'-':<6}  {name:<{width}}  no longer in the pipeline; left as it is")
-        if others := other_versions(ledger, versions()):
+        if others := other_versions(ledger, versions(), plan):
             print(f"warning: stages ran on other versions than are here now: {'; '.join(others)}")
         return plan
 

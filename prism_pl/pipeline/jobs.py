@@ -47,6 +47,11 @@ class Runner(Protocol):
         """The complete configuration of a command, as plain values. UsageError where it is wrong."""
         ...
 
+    def complete(self, command: str, config: dict[str, Any]) -> dict[str, Any]:
+        """A configuration as the command reads it, with what is missing at its default. UsageError where it has what
+        the command does not know or lacks what has no default."""
+        ...
+
     def prepare(self, configs: Iterable[dict[str, Any]]) -> None:
         """What can be done once for all stages, whose configurations are given, before the first starts."""
         ...
@@ -71,13 +76,17 @@ class ProcessRunner:
         self._cli: Any = None
 
     def resolve(self, args: list[str]) -> dict[str, Any]:
+        return _options(args) if args[0] == "report" else self._resolver()(args)
+
+    def complete(self, command: str, config: dict[str, Any]) -> dict[str, Any]:
+        return config if command == "report" else self._resolver().complete(command, config)
+
+    def _resolver(self) -> Any:
         from prism_pl.pipeline.resolve import Resolver
 
-        if args[0] == "report":
-            return _options(args)
         if self._cli is None:
             self._cli = Resolver()
-        return self._cli(args)
+        return self._cli
 
     def prepare(self, configs: Iterable[dict[str, Any]]) -> None:
         """Import what the commands need. Nothing is computed: a fork would lack the threads that compute."""

@@ -1,8 +1,8 @@
 """What a start of the pipeline does with each stage: the ledger against the YAML and against what lies on disk."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,8 @@ from prism_pl.errors import UsageError
 from prism_pl.fingerprint import differences, hash_path, hash_value
 from prism_pl.ledger import Entry, Ledger
 from prism_pl.pipeline.graph import OUTPUTS, Graph
-from prism_pl.pipeline.schema import is_path_key
+from prism_pl.pipeline.inputs import gone
+from prism_pl.requested import Complete, requested
 
 Action = Literal["skip", "resume", "run", "rerun", "stop"]
 # Of a fit's folder, see `prism_pl.checkpoint_files`, which is too heavy to import here.
@@ -51,11 +52,13 @@ class Step:
             the old folder moved aside. `stop`: it would have to be run anew, which needs --update.
         reason: for the user.
         changes: what differs from what it was made with or left; empty where only a parent runs.
+        options: options that the code has gained or lost since, and nobody asked for.
     """
 
     action: Action
     reason: str
     changes: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
 
 
 def with_stage_names(value: Any, folders: Mapping[str, Path]) -> Any:
@@ -72,47 +75,9 @@ def with_stage_names(value: Any, folders: Mapping[str, Path]) -> Any:
     return value
 
 
-def outside_inputs(config: Mapping[str, Any], cache: dict[Path, str]) -> dict[str, dict[str, str]]:
-    """The files and folders that a stage reads from outside the pipeline, with their hashes."""
-    found: dict[str, dict[str, str]] = {}
-    for key, value in _inputs(config):
-        path = Path(value)
-        if value and not value.startswith("{") and path.exists():
-            if path not in cache:
-                cache[path] = hash_path(path, contents=not key.startswith("data.") or path.is_file())
-            found[key] = {"path": value, "sha256": cache[path]}
-    return found
-
-
-def missing_inputs(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a stage reads from outside the pipeline and would not find: dotted key -> path.
-
-    A name that may be a hub id, such as `Qwen/Qwen3-VL-4B-Instruct`, is left to the command: it alone can look there.
-    """
-    return {key: value for key, value in _inputs(config) if _is_local(key, value) and not Path(value).exists()}
-
-
-def _is_local(key: str, value: str) -> bool:
-    if key.rpartition(".")[2] in ("path", "ckpt_path"):
-        return value.startswith((os.sep, "./", "../"))
-    # A pattern or an address is the datamodule's to understand, a model's other folders may be made by it.
-    return key.startswith("data.") and bool(value) and not set(value) & set("{*?[:")
-
-
-def _inputs(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every path-like setting of what a stage reads: dotted key, value."""
-    return [one for section in ("model", "data", "ckpt_path") for one in _paths(config.get(section), section)]
-
-
-def _paths(value: Any, key: str) -> list[tuple[str, str]]:
-    if isinstance(value, dict):
-        return [found for name, item in value.items() for found in _paths(item, f"{key}.{name}")]
-    if isinstance(value, list):
-        return [found for item in value for found in _paths(item, key)]
-    return [(key, value)] if isinstance(value, str) and is_path_key(key) else []
-
-
-def make_plan(graph: Graph, wanted: Mapping[str, Wanted], ledger: Ledger, update: bool) -> dict[str, Step]:
+def make_plan(
+    graph: Graph, wanted: Mapping[str, Wanted], ledger: Ledger, update: bool, complete: Callable[[str], Complete]
+) -> dict[str, Step]:
     """Decide for each stage, parents first.
 
     Args:
@@ -120,6 +85,7 @@ def make_plan(graph: Graph, wanted: Mapping[str, Wanted], ledger: Ledger, update
         wanted: each stage as it is to be now.
         ledger: what ran.
         update: whether finished stages may be run anew.
+        complete: command -> how today's code completes a configuration of it.
     """
     plan: dict[str, Step] = {}
     for name, node in graph.items():
@@ -127,14 +93,14 @@ def make_plan(graph: Graph, wanted: Mapping[str, Wanted], ledger: Ledger, update
         if entry is None or entry["status"] == "pending":
             plan[name] = _first_start(ledger.folder / name, update)
             continue
-        changes = changed(name, entry, wanted[name], ledger, graph)
+        missing = gone(entry, wanted[name].config)
+        changes, options = _settings(entry, wanted[name], missing, complete(entry["kind"]))
+        changes += changed(name, entry, wanted[name], ledger, graph)
         anew = [parent for parent in node.parents if plan[parent].action != "skip"]
         if entry["status"] == "finished":
             changes += altered(entry, ledger)
-            gone = "".join(
-                f"; {path} ({key}), which it read, is gone" for key, path in _gone(entry, wanted[name]).items()
-            )
-            step = Step("skip", f"finished {entry['ended']} in {took(entry['seconds'])}; nothing changed since{gone}")
+            said = "".join(f"; {path} ({key}), which it read, is gone" for key, path in missing.items())
+            step = Step("skip", f"finished {entry['ended']} in {took(entry['seconds'])}; nothing changed since{said}")
         else:
             changes += _lost(entry, ledger)
             step = Step("resume", _how_it_goes_on(entry, ledger))
@@ -142,8 +108,16 @@ def make_plan(graph: Graph, wanted: Mapping[str, Wanted], ledger: Ledger, update
             reason = "; ".join(changes) or f"{', '.join(anew)} runs first"
             free = update or node.stage.command == "report" or _nothing_to_lose(entry, ledger)
             step = Step("rerun" if free else "stop", reason, changes)
-        plan[name] = step
+        plan[name] = replace(step, options=options)
     return plan
+
+
+def _settings(
+    entry: Entry, wanted: Wanted, missing: Mapping[str, str], complete: Complete
+) -> tuple[list[str], list[str]]:
+    """What was set otherwise when a stage ran, and the options that the code has gained or lost since."""
+    asked, others = requested(entry["config"], wanted.config, complete)
+    return [str(one) for one in asked if one.key not in missing], [str(one) for one in others]
 
 
 def _first_start(folder: Path, update: bool) -> Step:
@@ -155,9 +129,8 @@ def _first_start(folder: Path, update: bool) -> Step:
 
 
 def changed(name: str, entry: Entry, wanted: Wanted, ledger: Ledger, graph: Graph) -> list[str]:
-    """What a stage was made from that is different now: settings, inputs from outside, outputs of its parents."""
-    gone = _gone(entry, wanted)
-    found = [said for said in differences(entry["config"], wanted.config) if said.partition(": ")[0] not in gone]
+    """What a stage was made from that is different now: inputs from outside, outputs of its parents."""
+    found = []
     for key, now in wanted.inputs.items():
         before = entry["inputs"].get(key)
         if before is not None and before["path"] == now["path"] and before["sha256"] != now["sha256"]:
@@ -168,23 +141,6 @@ def changed(name: str, entry: Entry, wanted: Wanted, ledger: Ledger, graph: Grap
         left = ledger.stages[parent]["outputs"] if parent in ledger.stages and parent in graph else {}
         found += [f"{parent} has another {what} now" for what, sha in read.items() if left.get(what, sha) != sha]
     return found
-
-
-def _gone(entry: Entry, wanted: Wanted) -> dict[str, str]:
-    """What a stage read from outside, would read again, and is not there any more: dotted key -> path."""
-    values = dict(
-        one for section in ("model", "data", "ckpt_path") for one in _paths(wanted.config.get(section), section)
-    )
-    return {
-        key: read["path"]
-        for key, read in entry["inputs"].items()
-        if not Path(read["path"]).exists() and _same_name(read["path"], values.get(key, ""))
-    }
-
-
-def _same_name(path: str, value: str) -> bool:
-    """Whether a value is that path; a YAML's relative path is made absolute only where it leads to something."""
-    return value == path or (bool(value) and path.endswith(os.sep + os.path.normpath(value)))
 
 
 def altered(entry: Entry, ledger: Ledger) -> list[str]:
@@ -253,18 +209,19 @@ def refuse_missing(plan: Mapping[str, Step], wanted: Mapping[str, Wanted], ledge
             continue
         missing = wanted[name].missing
         if name in ledger.stages:  # what was there before is no hub id
-            missing = _gone(ledger.stages[name], wanted[name]) | missing
+            missing = gone(ledger.stages[name], wanted[name].config) | missing
         found += [f"{name}: {key}: there is no {path}" for key, path in missing.items()]
     if found:
         raise UsageError(f"{'; '.join(found)}. Nothing was started: put it there, or change the setting.")
 
 
-def other_versions(ledger: Ledger, now: Mapping[str, str | None]) -> list[str]:
-    """Where finished stages ran on other versions than those here, as `torch: 2.12.0 -> 2.13.0 (sft, align)`."""
+def other_versions(ledger: Ledger, now: Mapping[str, str | None], plan: Mapping[str, Step]) -> list[str]:
+    """Where stages ran on other versions than those here, as `torch: 2.12.0 -> 2.13.0 (sft, align)`, and which options
+    these have that those had not, or the other way round."""
     found: dict[str, list[str]] = {}
     for name, entry in ledger.stages.items():
         if entry["status"] != "pending":
-            for difference in differences(entry["versions"], dict(now)):
+            for difference in [*differences(entry["versions"], dict(now)), *plan[name].options]:
                 found.setdefault(difference, []).append(name)
     return [f"{difference} ({', '.join(names)})" for difference, names in found.items()]
 

@@ -6,7 +6,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from prism_pl.cli import PrismCLI, import_systems
+from prism_pl.cli import PrismCLI, completed, import_systems
 from prism_pl.errors import UsageError, did_you_mean
 
 
@@ -27,6 +27,10 @@ class Resolver(PrismCLI):
         self._parser(command).config_files.clear()  # pyright: ignore[reportAttributeAccessIssue]
         super().parse_arguments(self.parser, args)
         return yaml.safe_load(self._parser(command).dump(self.config[command], skip_none=False))
+
+    def complete(self, command: str, config: dict[str, Any]) -> dict[str, Any]:
+        """A command's configuration with what it lacks at today's defaults. UsageError where it cannot be read."""
+        return completed(self._parser(command), config)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = Namespace(subcommand=None)

@@ -32,7 +32,8 @@ from typing import Any, Literal
 import yaml
 
 from prism_pl.errors import UsageError, did_you_mean, yaml_fault
-from prism_pl.shipped import PATH_KEY, find_config, resolve_path
+from prism_pl.input_paths import is_input_key
+from prism_pl.shipped import find_config, resolve_path
 
 Command = Literal["fit", "validate", "test", "predict", "report"]
 COMMANDS = ("fit", "validate", "test", "predict", "report")
@@ -244,15 +245,17 @@ def _resolved_setting(key: str, value: Any, folder: Path) -> Any:
     if isinstance(value, dict) and len(value) == 1 and next(iter(value.values())) is None:
         (text,) = value
         value = "{" + text + "}" if isinstance(text, str) and REFERENCE.fullmatch(text) else value
-    if isinstance(value, str) and is_path_key(key) and "{" not in value:
+    return _with_paths(key, value, folder)
+
+
+def _with_paths(key: str, value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_paths(f"{key}.{name}", item, folder) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_paths(f"{key}.{place}", item, folder) for place, item in enumerate(value)]
+    if isinstance(value, str) and value and is_input_key(key) and "{" not in value:
         return resolve_path(value, folder)
     return value
-
-
-def is_path_key(key: str) -> bool:
-    """Whether a dotted key names a file or folder that is read."""
-    last = key.rpartition(".")[2]
-    return last == "pass_rates" or (bool(PATH_KEY.search(last)) and last != "class_path")
 
 
 def _merge(old: Any, new: Any) -> Any:
