@@ -44,8 +44,8 @@ moment. Light: no heavy imports. The format, with `null` where something is not 
                "kept": 610}                                                    by the bounds of the stage that reads it
     others     {}
 
-Hashes: of a file its content's; of a folder the names and contents of all files in it; of a pattern the names and hashes
-of what it matches. Data folders from outside, which may be large, are hashed by names and sizes.
+Hashes: of a file its content's; of a folder the names and contents of all files in it; of a pattern the names and
+contents of what it matches. Data folders from outside, which may be large, are hashed by names and sizes.
 """
 
 import contextlib
