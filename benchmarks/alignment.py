@@ -5,24 +5,40 @@ random weights of the true dimensions, noise images, and rollouts sampled in ful
 the runs logged; the first step, which warms up, does not count.
 
 Launch: python benchmarks/alignment.py prepare --folder /tmp/paper
-        python benchmarks/alignment.py run --folder /tmp/paper --cases zero2:2 zero3:2 zero2:1
+        python benchmarks/alignment.py run --folder /tmp/paper
         python benchmarks/alignment.py table --folder /tmp/paper
-A case is OVERLAY:GPUS[:OPTION=VALUE...], the options being init_args of the strategy.
+A case is OVERLAY:GPUS[:OPTION=VALUE...], the options being init_args of the strategy. Two cases that differ in the
+number of GPUs alone give a scaling: the others are hidden, and each GPU has the same work.
+
+The cases that run by default fit 141 GB: on one GPU only with parked optimisers (127 GiB otherwise, before vLLM and
+gradients), with 109 GiB of CPU memory for them and AdamW `fused`, whose plain form takes another 20 GiB for a moment.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from prism_pl.fingerprint import versions  # noqa: E402
+from prism_pl.report.events import Curves, read_curves  # noqa: E402
+
 PHASES = ("rollout", "score", "policy", "discriminator", "sync")
+PARKED = "park_optimizer_states=true"
+CASES = [f"zero2:2:{PARKED}", f"zero2:1:{PARKED}", "zero3:2"]
 
 
 def prepare(folder: Path, sizes: tuple[str, str], max_segment_tokens: int) -> None:
@@ -56,6 +72,7 @@ def command(folder: Path, case: str, args: argparse.Namespace) -> tuple[list[str
         *(f"{model}rollout.init_args.gpu_memory", str(args.gpu_memory)),
         *(f"{model}sampling.max_tokens", str(args.tokens), f"{model}num_rollouts", str(args.rollouts)),
         *(f"{model}micro_batch_tokens", str(args.micro_batch_tokens)),
+        *(f"{model}{player}_optimizer.init_args.fused=true" for player in ("policy", "discriminator")),
         *("--data", "benchmarks.rehearsal.NoiseImages", f"{data}batch_size", str(args.prompts)),
         *(f"{data}num_lines", str(args.lines), f"{data}side", str(args.side)),
     ]
@@ -74,39 +91,108 @@ def run_folder(folder: Path, case: str) -> Path:
 
 
 def run(folder: Path, cases: list[str], args: argparse.Namespace) -> None:
-    """Run the cases one after the other; one that fails shows the end of its log."""
+    """Run the cases one after the other; one that fails, or takes too long, shows the end of its log."""
+    ran_on = {"card": card(), "versions": versions()}
     for case in cases:
         started = time.perf_counter()
         line, environment = command(folder, case, args)
+        shutil.rmtree(run_folder(folder, case), ignore_errors=True)
         log = folder / f"{run_folder(folder, case).name}.log"
-        with log.open("w") as out:
-            status = subprocess.run(line, env=environment, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT).returncode
-        print(f"{case}: exit {status} after {time.perf_counter() - started:.0f} s", flush=True)
-        if status:
-            print("\n".join(log.read_text(errors="replace").splitlines()[-30:]), flush=True)
+        status = run_for(args.timeout, line, environment, log)
+        ended = "stopped, too slow," if status is None else f"exit {status}"
+        print(f"{case}: {ended} after {time.perf_counter() - started:.0f} s", flush=True)
+        if status == 0:
+            told = {"case": case, "settings": vars(args)} | ran_on
+            (run_folder(folder, case) / "settings.json").write_text(json.dumps(told))
         else:
-            (run_folder(folder, case) / "settings.json").write_text(json.dumps(vars(args)))
+            print("\n".join(log.read_text(errors="replace").splitlines()[-30:]), flush=True)
+
+
+def run_for(seconds: float, line: list[str], environment: dict[str, str], log: Path) -> int | None:
+    """Run a command and return its exit status; None where it was not done in time. All of its processes end."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            line, env=environment, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def card() -> str:
+    """The GPU's name. Asked for by a process of its own, which leaves nothing behind on it."""
+    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')"
+    return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def table(folder: Path) -> str:
-    """The finished cases as a Markdown table: medians over the steps behind the first."""
-    from prism_pl.report.events import read_curves
+    """The finished cases as a Markdown table, medians over the steps behind the first; below it the scaling between
+    cases with the same settings, and what they ran on.
 
-    heads = [f"{phase}, s (GiB)" for phase in PHASES]
-    lines = ["| case | step, s | tokens/s a GPU | " + " | ".join(heads) + " |", "|" + " --- |" * (len(PHASES) + 3)]
-    for one in sorted((folder / "runs").glob("*/settings.json")):
-        events = next(iter(one.parent.rglob("events.out.tfevents*"))).parent
-        curves = read_curves(events)
-
-        def median(tag: str, curves=curves) -> float:  # noqa: ANN001
-            return statistics.median(curves[tag].values[1:]) if tag in curves else float("nan")
-
-        times = {phase: median(f"time/{phase}") for phase in PHASES}
-        step = sum(times.values())
-        cells = [f"{times[phase]:.2f} ({median(f'memory/{phase}'):.1f})" for phase in PHASES]
-        tokens = median("align/tokens") / step
-        lines.append(f"| {one.parent.name} | {step:.2f} | {tokens:,.0f} | " + " | ".join(cells) + " |")
+    A step's time is the wall clock's from one step's log to the next. Of the phases there are seconds, torch's peak (in
+    which a sleeping vLLM counts), and the device's memory in use at the end, both in GiB.
+    """
+    heads = [f"{phase}, s (peak / in use)" for phase in PHASES]
+    lines = [
+        "| case | parked | step, s | tokens/s a GPU | " + " | ".join(heads) + " |",
+        "|" + " --- |" * (len(PHASES) + 4),
+    ]
+    cases = [Measured.read(file) for file in sorted((folder / "runs").glob("*/settings.json"))]
+    for one in cases:
+        cells = [f"{one.median(f'time/{p}'):.2f} ({one.memory(p)})" for p in PHASES]
+        parked = "both optimisers" if PARKED in one.told["case"] else "nothing"
+        rate = one.median("align/tokens") / one.step
+        lines.append(f"| {one.told['case']} | {parked} | {one.step:.2f} | {rate:,.0f} | " + " | ".join(cells) + " |")
+    lines += ["", *scalings(cases)]
+    for ran_on in dict.fromkeys(f"{one.told['card']}; {_shown(one.told['versions'])}" for one in cases):
+        lines.append(f"* {ran_on}")
     return "\n".join(lines)
+
+
+def _shown(versions: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished case: what it was, and its curves."""
+
+    told: dict[str, Any]
+    curves: Curves
+
+    @classmethod
+    def read(cls, settings: Path) -> "Measured":
+        events = next(iter(settings.parent.rglob("events.out.tfevents*"))).parent
+        return cls(json.loads(settings.read_text()), read_curves(events))
+
+    @property
+    def step(self) -> float:
+        """Seconds from the end of a step to that of the next."""
+        times = self.curves["align/tokens"].times
+        return statistics.median(after - before for before, after in pairwise(times))
+
+    def median(self, tag: str) -> float:
+        return statistics.median(self.curves[tag].values[1:]) if tag in self.curves else float("nan")
+
+    def memory(self, phase: str) -> str:
+        return f"{self.median(f'memory/{phase}'):.1f} / {self.median(f'memory_used/{phase}'):.1f}"
+
+
+def scalings(cases: Sequence[Measured]) -> list[str]:
+    """How many times as much is done on more GPUs in the same time, a line for each two cases of the same settings."""
+    lines = []
+    for many in cases:
+        overlay, num, *options = many.told["case"].split(":")
+        for one in cases:
+            alike = all(one.told[key] == many.told[key] for key in ("settings", "card", "versions"))
+            if one.told["case"].split(":") == [overlay, "1", *options] and num != "1" and alike:
+                lines.append(f"* {many.told['case']} over {one.told['case']}: {int(num) * one.step / many.step:.2f} x")
+    return lines
 
 
 def main() -> None:
@@ -115,7 +201,7 @@ def main() -> None:
     parser.add_argument("what", choices=["prepare", "run", "table"])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--sizes", nargs=2, default=["4b", "2b"], help="of the policy and of the dense discriminator")
-    parser.add_argument("--cases", nargs="+", default=["zero2:2", "zero3:2", "zero2:1"])
+    parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=4, help="a rank")
     parser.add_argument("--rollouts", type=int, default=16, help="a prompt")
@@ -126,6 +212,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--gpu-memory", type=float, default=0.15, help="vLLM's share while it generates")
     parser.add_argument("--no-hide", dest="hide", action="store_false", help="leave CUDA_VISIBLE_DEVICES as it is")
+    parser.add_argument("--timeout", type=float, default=400, help="seconds for a case")
     args = parser.parse_args()
     args.folder = args.folder.resolve()
     if args.what == "prepare":

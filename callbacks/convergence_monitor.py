@@ -18,9 +18,10 @@ class ConvergenceMonitor(Callback):
     * `health/gap_slope/<expert>`, a step, and `health/gap_variance/<expert>`, see `prism_pl.convergence`;
     * `health/settled`: 1 where every expert's gap moved by at most `max_change` and varies by at most `max_variance`.
 
-    The first step at which that held for `patience` steps in a row is said once, with the gaps: settled is not won. A
-    gap that lies still far above 0 means that the discriminator tells the sides apart and the policy no longer moves.
-    A step without a valid rollout has no gap and is passed over; a NaN gap settles nothing.
+    The first step at which that held for `patience` steps in a row is said once, with the gaps, and logged once, as
+    `health/settled_at`; reports go by that one. Settled is not won. A gap that lies still far above 0 means that the
+    discriminator tells the sides apart and the policy no longer moves. A step without a valid rollout has no gap and is
+    passed over; a NaN gap settles nothing.
 
     Args:
         window: steps.
@@ -76,6 +77,8 @@ class ConvergenceMonitor(Callback):
         pl_module.log("health/settled", float(flat))
         if self.in_a_row >= self.patience and self.settled_at is None:
             self.settled_at = trainer.global_step
+            for logger in trainer.loggers:  # once, whatever log_every_n_steps passes over
+                logger.log_metrics({"health/settled_at": self.settled_at}, step=trainer.fit_loop.total_batch_idx)
             means = ", ".join(f"{expert} {found.mean:+.3f}" for expert, found in trends.items())
             rank_zero_info(
                 f"The game has settled at step {self.settled_at}: over {self.window} steps no expert's gap moved by "

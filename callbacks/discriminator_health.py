@@ -18,6 +18,7 @@ from prism_pl.strategy.ranks import gathered_values
 from prism_pl.tensorboard import tensorboard_writers
 
 NEEDS = ("rollouts", "demonstrations", "valid", "scores", "demonstration_scores", "score_clip", "ranks_per_group")
+SHARED = "shared"
 
 
 class DiscriminatorHealth(Callback):
@@ -33,13 +34,14 @@ class DiscriminatorHealth(Callback):
       more, and of scores beyond the clip;
 
     of the step alone `health/grad_norm/<expert>`, before clipping, of the parameters that are the expert's own (it
-    stands in their names), and every `every_n_steps` the histogram `health/margin/<expert>`. What a mixture tells about
+    stands in their names), and `health/grad_norm/shared` of all others: a kind whose experts have nothing of their own
+    has that one alone. And every `every_n_steps` the histogram `health/margin/<expert>`. What a mixture tells about
     its router, load, entropy and mutual information with the segments, the stage itself logs as `align/router/...`, see
     `prism_pl.discriminator.routing`.
 
     Like the discriminator's scores, a shadow's predictions are from before it learned from the step. A NaN score makes
     the numbers it enters NaN, for as long as it stands in the window. Gradients are this rank's own, from before they
-    are reduced; where a strategy shards them (ZeRO 2 and 3) no expert's norm is logged.
+    are reduced; where a strategy shards them (ZeRO 2 and 3) no norm is logged.
 
     Args:
         window: steps that the numbers are taken over, and that the shadows remember.
@@ -68,7 +70,7 @@ class DiscriminatorHealth(Callback):
         self._norms: dict[str, torch.Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._own = own_parameters(pl_module)
+        self._own = parameters_by_expert(pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # In the policy's backward passes the discriminator is frozen and has no gradients.
@@ -137,16 +139,15 @@ class DiscriminatorHealth(Callback):
             writer.add_histogram(f"health/margin/{expert}", margins_N, step)
 
 
-def own_parameters(module: LightningModule) -> dict[str, list[nn.Parameter]]:
-    """The parameters of the module's `discriminator` that are one expert's own: its name is a part of theirs. Empty for
-    a discriminator without such parts, and for a module without a discriminator."""
-    own: dict[str, list[nn.Parameter]] = {}
+def parameters_by_expert(module: LightningModule) -> dict[str, list[nn.Parameter]]:
+    """The parameters of the module's `discriminator` by the expert whose own they are: its name is a part of theirs;
+    under `shared` those of none. Empty for a module without a discriminator."""
+    found: dict[str, list[nn.Parameter]] = {}
     network = dict(module.named_children()).get("discriminator")
     for name, parameter in network.named_parameters() if network is not None else ():
-        for expert in (*EXPERTS, *WHOLE):
-            if expert in name.split("."):
-                own.setdefault(expert, []).append(parameter)
-    return own
+        owner = next((expert for expert in (*EXPERTS, *WHOLE) if expert in name.split(".")), SHARED)
+        found.setdefault(owner, []).append(parameter)
+    return found
 
 
 def _tag(name: str, expert: str) -> str:

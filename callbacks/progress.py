@@ -8,8 +8,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class Progress(RichProgressBar):
-    """Shows the step and, as far as the stage logs them: the reward gap (mean over experts), the accuracy, tokens a
-    second, and whatever the module logs with `prog_bar=True`.
+    """Shows the policy's optimiser steps so far (in RLVR a rollout batch may make several) and, as far as the stage
+    logs them: the reward gap (mean over experts), the accuracy, tokens a second, and whatever the module logs with
+    `prog_bar=True`.
 
     Read from the logged metrics: `*/reward_gap/<expert>`, `*/accuracy` or else `*/val_accuracy`, and `*/tokens`, the
     tokens that a rank handled in the step.
@@ -32,7 +33,7 @@ class Progress(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        shown: dict[str, Any] = {"step": str(trainer.fit_loop.total_batch_idx + 1)}
+        shown: dict[str, Any] = {"step": str(trainer.global_step)}
         gaps = [value for name, value in logged.items() if "/reward_gap/" in name]
         if gaps:
             shown["gap"] = sum(gaps) / len(gaps)

@@ -14,10 +14,13 @@ from datamodules.difficulty import check_keep, keep_by_difficulty
 from datamodules.fields import Columns
 from datamodules.file_rows import FileRows, Reading, ReadRow, with_columns
 from datamodules.loading import ordered_loader, train_loader
+from datamodules.prompt_lengths import short_enough
 from datamodules.sources import Source, open_source
 from prism_pl.bad_rows import ReadsBadRows, strict
 from prism_pl.chat import SYSTEM_PROMPT
-from prism_pl.checked import read_checked
+from prism_pl.checked import Checked, read_checked
+from prism_pl.fingerprint import hash_value
+from prism_pl.processor import Processor
 
 Sources = Source | str | list[Source | str]
 
@@ -39,6 +42,7 @@ class FilesDataModule(L.LightningDataModule):
         seed: of the training order, which depends on nothing else but the epoch, and of the held-out rows.
         num_workers: processes a loader that read rows and images.
         check_folder: what `python -m prism_pl data check` wrote for this data: rows it lists are left out.
+        max_prompt_tokens: rows with a longer prompt, images expanded, are left out and counted; null: none.
         group_by_length: rows of like length share a batch; needs the lengths in `check_folder`.
         batch_tokens: the largest training batch in padded tokens; needs them too.
         pass_rates: train only on rows whose pass rate in this file of a `predict` run lies in `keep`.
@@ -63,6 +67,7 @@ class FilesDataModule(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         check_folder: str | None = None,
+        max_prompt_tokens: int | None = None,
         group_by_length: bool = False,
         batch_tokens: int | None = None,
         pass_rates: str | None = None,
@@ -73,6 +78,7 @@ class FilesDataModule(L.LightningDataModule):
             "num_rows": num_rows,
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
+            "max_prompt_tokens": max_prompt_tokens,
         }.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: give at least 1")
@@ -91,6 +97,7 @@ class FilesDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.num_workers = seed, num_workers
         self.check_folder = None if check_folder is None else Path(check_folder)
+        self.max_prompt_tokens = max_prompt_tokens
         self.group_by_length, self.batch_tokens = group_by_length, batch_tokens
         self.pass_rates = None if pass_rates is None else Path(pass_rates)
         self.keep = check_keep(keep)
@@ -118,16 +125,48 @@ class FilesDataModule(L.LightningDataModule):
             )
             self._lengths = None if self._lengths is None else self._lengths[filtered.indices]
             self.train_rows = filtered
+            kept = [kept[index] for index in filtered.indices]
+        self._trained_on = {"count": len(kept), "hash": hash_value([kept, self._told_lengths()])[:16]}
+
+    def _told_lengths(self) -> list[int] | None:
+        """What batches are made of; None where they are not made by length."""
+        if not (self.group_by_length or self.batch_tokens is not None):
+            return None
+        assert self._lengths is not None
+        return self._lengths.tolist()
 
     def _without_excluded(self) -> list[int]:
-        """The training rows that the check leaves in, whose lengths are then known."""
+        """The training rows that the check, whose lengths are then known, and the filter of prompts leave in."""
+        kept = self._train_indices
+        if (checked := self._checked()) is not None:
+            rank_zero_info(checked.said)
+            self._lengths = checked.lengths[checked.kept]
+            kept = [kept[position] for position in checked.kept]
+        if (fitting := self._fitting(self._rows["train"], kept, "training")) is None:
+            return kept
+        self._lengths = None if self._lengths is None else self._lengths[fitting]
+        return [kept[position] for position in fitting]
+
+    def _checked(self) -> Checked | None:
         if self.check_folder is None:
-            return self._train_indices
-        num_rows = len(self._train_indices)
-        checked = read_checked(self.check_folder, self.row_recipe() | self.selection(), num_rows)
-        rank_zero_info(checked.said)
-        self._lengths = checked.lengths[checked.kept]
-        return [self._train_indices[position] for position in checked.kept]
+            return None
+        return read_checked(self.check_folder, self.row_recipe() | self.selection(), len(self._train_indices))
+
+    def _fitting(self, rows: FileRows, indices: list[int], called: str) -> list[int] | None:
+        """Positions of the rows whose prompt is short enough; None where nothing is filtered, or nothing measures."""
+        assert self.trainer is not None
+        if self.max_prompt_tokens is None or (processor := self.trainer.lightning_module.processor) is None:
+            return None
+        return short_enough(rows, indices, self.max_prompt_tokens, cast("Processor", processor), called)
+
+    def _validation(self) -> tuple[FileRows, list[int]]:
+        """The rows that are validated on, in order; a check leaves out held-out rows alone."""
+        if "validation" in self._rows:
+            return self._rows["validation"], list(range(len(self._rows["validation"])))
+        if (checked := self._checked()) is None or not self._held_out:
+            return self._rows["train"], self._held_out
+        rank_zero_info(checked.validation_said)
+        return self._rows["train"], [self._held_out[position] for position in checked.validation]
 
     def _open(self) -> None:
         self._rows = {
@@ -155,7 +194,7 @@ class FilesDataModule(L.LightningDataModule):
         return {"num_rows": len(self._train_indices), **held_out}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.row_recipe() | {"selection": self.selection()}
+        return self.row_recipe() | {"selection": self.selection(), "trained_on": self._trained_on}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["rows"] != self.row_recipe()["rows"]:
@@ -168,6 +207,18 @@ class FilesDataModule(L.LightningDataModule):
                 f"data: this run began with the rows of {state_dict['selection']} and would go on with those of "
                 f"{self.selection()}: set them back, or start anew with --fresh"
             )
+        before, now = state_dict["trained_on"], self._trained_on
+        if before != now:
+            raise ValueError(
+                f"data: this run began with {before['count']} rows, and {self._filters()} now leaves {now['count']}, "
+                "not the same ones in batches of the same lengths. Bring the earlier files back, or start anew with "
+                "--fresh"
+            )
+
+    def _filters(self) -> str:
+        """The files that say which rows are trained on."""
+        given = {"data.check_folder": self.check_folder, "data.pass_rates": self.pass_rates}
+        return " with ".join(f"{key} {path}" for key, path in given.items() if path is not None) or "this data"
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
@@ -186,9 +237,14 @@ class FilesDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        if "validation" in self._rows:
-            return self._in_order(self._rows["validation"])
-        return self._in_order(Subset(self._rows["train"], self._held_out)) if self._held_out else []
+        if "validation" not in self._rows and not self._held_out:
+            return []
+        if isinstance(self._collator(), ReadsBadRows):
+            rows = self._rows.get("validation", Subset(self._rows["train"], self._held_out))
+            return self._in_order(rows)
+        rows, indices = self._validation()
+        fitting = self._fitting(rows, indices, "validation")
+        return self._in_order(Subset(rows, indices if fitting is None else [indices[n] for n in fitting]))
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._in_order(self._rows["test"]) if "test" in self._rows else []

@@ -86,6 +86,7 @@ class Table:
             raise ValueError(f"no whole JSON object ({error.msg} at character {error.pos + 1})") from None
         if not isinstance(row, dict):
             raise ValueError(f"a JSON {type(row).__name__} where an object is expected")
+        _check_characters(row)
         return row
 
     def place(self, index: int) -> str:
@@ -141,6 +142,17 @@ def _local_files(source: Source) -> list[str]:
     if len({_kind(file) for file in found}) > 1:
         raise ValueError(f"data: {path} holds files of several kinds: give each kind as a source of its own")
     return found
+
+
+def _check_characters(row: dict[str, Any]) -> None:
+    """ValueError for half of a surrogate pair, which JSON can spell out and no tokenizer reads."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise ValueError(
+            f"a text holds {half}, half of a character: write the character whole, or leave it out"
+        ) from None
 
 
 def _only(source: Source) -> list[str]:

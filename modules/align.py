@@ -24,11 +24,11 @@ from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.credit import Credit, check_credit, credited_advantages
 from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
-from prism_pl.governor import Governor, Plan, pair_accuracy, scaled_rate
+from prism_pl.governor import Governor, Plan, pair_accuracies, scaled_rate
 from prism_pl.lora import whole_parameters
 from prism_pl.losses import soft_clip
 from prism_pl.mismatch import MismatchCorrection
-from prism_pl.optim import Schedule, check_finite, lr_scheduler
+from prism_pl.optim import Schedule, build_optimizer, check_finite, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.policy_loss import PolicyLoss, ReleasedGRPO
@@ -47,7 +47,7 @@ from prism_pl.rollout_stage import (
     trained_mask,
     warn_inert_kl,
 )
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import RowNeeds, with_discriminator, with_engine
 from prism_pl.strategy import building, check_trainer, share, step_network, training_only, whole_groups
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
@@ -80,12 +80,11 @@ class AdversarialAlignModule(LightningModule):
         schedule, warmup: of both learning rates, in policy steps.
         max_grad_norm, discriminator_max_grad_norm: gradient clipping of each player; None only measures.
         freeze: name patterns of policy parameters that stay as they are.
-        micro_batch_tokens: padded tokens run at once; None runs the whole batch.
+        micro_batch_tokens: tokens run at once, of the policy padded ones, of the discriminator as it runs them (packed,
+            a shared prompt counts once); None runs the whole batch.
         chunk_tokens: response tokens whose logits exist at once.
         export_dtype: of the exported policy.
     """
-
-    row_needs = RowNeeds(demonstration=True)
 
     def __init__(
         self,
@@ -149,6 +148,8 @@ class AdversarialAlignModule(LightningModule):
         self.max_grad_norm, self.discriminator_max_grad_norm = max_grad_norm, discriminator_max_grad_norm
         self.export_dtype: Literal["float32", "bfloat16"] = export_dtype
         self.processor = policy.processor()
+        needs = with_engine(RowNeeds(demonstration=True), rollout, sampling)
+        self.row_needs = with_discriminator(needs, discriminator)
         self.numerics = Numerics(
             sampling.temperature, tuple(self.processor.banned_ids), micro_batch_tokens, chunk_tokens
         )
@@ -289,8 +290,8 @@ class AdversarialAlignModule(LightningModule):
         plan = Plan(self.discriminator_steps if due else 0)
         if self.governor is None:
             return plan
-        accuracy = pair_accuracy(demonstration_scores.by_expert, scores.by_expert, scores.valid_B)
-        plan = self.governor.plan(accuracy, plan.steps)
+        accuracies = pair_accuracies(demonstration_scores.by_expert, scores.by_expert, scores.valid_B)
+        plan = self.governor.plan(accuracies, plan.steps)
         self.log_dict({f"align/{name}": value for name, value in self.governor.metrics(plan).items()}, batch_size=1)
         return plan
 
@@ -334,8 +335,8 @@ class AdversarialAlignModule(LightningModule):
         return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
-        policy = self.policy_optimizer(p for p in self.policy.parameters() if p.requires_grad)
-        discriminator = self.discriminator_optimizer(p for p in self.discriminator.parameters() if p.requires_grad)
+        policy = build_optimizer(self.policy_optimizer, self.policy, "policy_optimizer")
+        discriminator = build_optimizer(self.discriminator_optimizer, self.discriminator, "discriminator_optimizer")
         steps = self.trainer.estimated_stepping_batches
         schedulers = [lr_scheduler(each, self.schedule, self.warmup, steps) for each in (policy, discriminator)]
         return [policy, discriminator], schedulers

@@ -32,13 +32,14 @@ from prism_pl.evaluation import (
     write_json,
 )
 from prism_pl.evaluation_tables import ALL_FAMILIES, Tables, make_tables
+from prism_pl.folders import checkpoint_name
 from prism_pl.metrics.counting import DEFAULT_RULE, Rule, describe_rule
 from prism_pl.metrics.scene import KnowsScenes
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.report.evaluations import FILE_NAME, read_evaluation
 from prism_pl.report.screen import print_evaluation
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling, generate_batch
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import RowNeeds, with_engine
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -56,7 +57,8 @@ class EvaluateModule(LightningModule):
         sampling: greedy by default. With a seed, the batches' seeds count up from it.
         num_samples: responses a prompt.
         pass_k: for which k to estimate pass@k; at most `num_samples`.
-        name: what tables call this checkpoint; None is the policy's path.
+        name: what tables call this checkpoint, and by default its folder; None takes it from the policy's path,
+            `align` for `runs/align/export`.
         rule: how descriptive items and reasoning steps are counted, see `prism_pl.metrics.counting`.
         num_resamples, bootstrap_seed: of the 95% intervals over prompts.
         num_images: of how many prompts a split the images are kept, in `images/`, for a report to show.
@@ -64,8 +66,6 @@ class EvaluateModule(LightningModule):
         drift: also measure likelihood of the supervision, distance of embeddings and a probe's AUC, see
             `prism_pl.drift_meter`; None leaves them out.
     """
-
-    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class EvaluateModule(LightningModule):
         self.sampling = sampling
         self.num_samples = num_samples
         self.pass_k = list(pass_k)
-        self.name = name or policy.path
+        self.name = name or checkpoint_name(policy.path)
         self.rule: Rule = rule
         self.num_resamples = num_resamples
         self.bootstrap_seed = bootstrap_seed
@@ -103,6 +103,7 @@ class EvaluateModule(LightningModule):
         self.judge_model = judge
         self.drift = drift
         self.processor = policy.processor()
+        self.row_needs = with_engine(RowNeeds(answers=True), engine, sampling)
         self.policy: Any = None
         self.embedder: Any = None
         self.records: list[PromptRecord] = []
@@ -129,7 +130,7 @@ class EvaluateModule(LightningModule):
             raise ValueError(
                 f"{self.output_file} holds the evaluation of {before.name!r} (policy {before.settings['policy']}), and "
                 f"this one is of {self.name!r} (policy {self.spec.path}): give it a folder of its own with "
-                "--trainer.default_root_dir"
+                "--trainer.default_root_dir, or leave that out and give it a --model.name of its own"
             )
 
     @property

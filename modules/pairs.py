@@ -21,7 +21,7 @@ from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling, generate_batch
 from prism_pl.rollout_stage import check_counts
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import RowNeeds, with_engine
 
 PAIRS = "pairs.jsonl"
 JOURNALS = "pairs-{rank}.part.jsonl"
@@ -39,14 +39,13 @@ class PairModule(LightningModule):
         num_samples: responses, hence pairs, for each demonstration.
     """
 
-    row_needs = RowNeeds(demonstration=True)
-
     def __init__(self, policy: PolicySpec, engine: RolloutEngine, sampling: Sampling, num_samples: int = 1) -> None:
         super().__init__()
         check_counts({"num_samples": num_samples})
         self.spec, self.engine = policy, engine
         self.sampling, self.num_samples = sampling, num_samples
         self.processor = policy.processor()
+        self.row_needs = with_engine(RowNeeds(demonstration=True), engine, sampling)
         self.policy: Any = None
         self._done: set[str] = set()
 

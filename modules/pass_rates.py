@@ -19,7 +19,7 @@ from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rewards import AccuracyFormatReward, Reward
 from prism_pl.rollout.engine import RolloutEngine, Sampling, generate_batch
 from prism_pl.rollout_stage import check_counts
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import RowNeeds, with_engine
 
 
 class PassRateModule(LightningModule):
@@ -33,8 +33,6 @@ class PassRateModule(LightningModule):
         num_samples: responses a prompt.
         reward: judges them; None is `AccuracyFormatReward()`. Its part "accuracy" must be 0 or 1.
     """
-
-    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,
@@ -55,6 +53,7 @@ class PassRateModule(LightningModule):
         self.sampling, self.num_samples = sampling, num_samples
         self.reward: Reward = AccuracyFormatReward() if reward is None else reward
         self.processor = policy.processor()
+        self.row_needs = with_engine(RowNeeds(answers=True), engine, sampling)
         self.policy: Any = None
         self.pass_rates: list[PassRate] = []
 

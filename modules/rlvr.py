@@ -22,7 +22,7 @@ from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.groups import Group, GroupBuffer, groups_worth_training, make_groups, shuffled_minibatches
 from prism_pl.lora import whole_parameters
 from prism_pl.mismatch import MismatchCorrection
-from prism_pl.optim import Schedule, check_finite, lr_scheduler
+from prism_pl.optim import Schedule, build_optimizer, check_finite, lr_scheduler
 from prism_pl.outputs import StepOutput
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.policy_loss import DrGRPO, PolicyLoss, ReleasedGRPO
@@ -46,7 +46,7 @@ from prism_pl.rollout_stage import (
     warn_inert_kl,
     with_overlong,
 )
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import RowNeeds, with_engine
 from prism_pl.strategy import building, check_trainer, own_part, share, step_network, whole_groups, world_size
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, rows_of, warn_inert_clip
@@ -89,8 +89,6 @@ class RLVRModule(LightningModule):
         chunk_tokens: response tokens whose logits exist at once.
         export_dtype: of the exported policy.
     """
-
-    row_needs = RowNeeds(answers=True)
 
     def __init__(
         self,
@@ -159,6 +157,7 @@ class RLVRModule(LightningModule):
         self.warmup, self.max_grad_norm = warmup, max_grad_norm
         self.export_dtype: Literal["float32", "bfloat16"] = export_dtype
         self.processor = policy.processor()
+        self.row_needs = with_engine(RowNeeds(answers=True), rollout, sampling)
         self.collator = PromptCollator(self.processor, need_answers=True)
         self.numerics = Numerics(
             sampling.temperature, tuple(self.processor.banned_ids), micro_batch_tokens, chunk_tokens
@@ -332,7 +331,7 @@ class RLVRModule(LightningModule):
         return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)
+        optimizer = build_optimizer(self.optimizer, self.policy)
         steps = total_steps(self.trainer, self.updates_per_batch * self.num_minibatches)
         return [optimizer], [lr_scheduler(optimizer, self.schedule, self.warmup, steps)]
 

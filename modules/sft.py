@@ -18,7 +18,7 @@ from prism_pl.batch import Example, SequenceBatch, micro_batches
 from prism_pl.batch_draws import BatchDraws
 from prism_pl.logprobs import token_logps
 from prism_pl.losses import masked_nll
-from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
+from prism_pl.optim import Schedule, build_optimizer, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.processor import Processor
 from prism_pl.row_needs import RowNeeds
@@ -133,7 +133,7 @@ class SFTModule(LightningModule):
         return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(p for p in self.policy.parameters() if p.requires_grad)
+        optimizer = build_optimizer(self.optimizer, self.policy)
         scheduler = lr_scheduler(optimizer, self.schedule, self.warmup, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -24,11 +24,11 @@ from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.losses import soft_clip
-from prism_pl.optim import Schedule, check_finite, check_gradients, lr_scheduler
+from prism_pl.optim import Schedule, build_optimizer, check_finite, check_gradients, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import RowNeeds, with_discriminator, with_engine
 from prism_pl.strategy import building, check_trainer
 
 
@@ -48,11 +48,10 @@ class DiscriminatorModule(LightningModule):
         score_l2: coefficient on the mean squared score, which Bradley-Terry leaves free.
         score_clip: softly bounds scores to +- this; None: no bound.
         ceiling: held-out pair accuracy, the mean over the experts, at which the run stops. None runs to the end.
-        micro_batch_tokens: padded tokens run at once; None runs the whole batch.
+        micro_batch_tokens: tokens run at once, as the discriminator runs them (packed, a shared prompt counts once);
+            None runs the whole batch.
         export_dtype: of the exported backbone.
     """
-
-    row_needs = RowNeeds(demonstration=True)
 
     def __init__(
         self,
@@ -92,6 +91,8 @@ class DiscriminatorModule(LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.export_dtype: Literal["float32", "bfloat16"] = export_dtype
         self.processor = policy.processor()
+        needs = with_engine(RowNeeds(demonstration=True, unless_rejected=True), rollout, sampling)
+        self.row_needs = with_discriminator(needs, discriminator)
         self.policy: Any = None
         self._policy_source: dict[str, str] | None = None
         self.discriminator: Any = None
@@ -194,7 +195,7 @@ class DiscriminatorModule(LightningModule):
         return [BatchDraws()]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(p for p in self.discriminator.parameters() if p.requires_grad)
+        optimizer = build_optimizer(self.optimizer, self.discriminator)
         scheduler = lr_scheduler(optimizer, self.schedule, self.warmup, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -135,9 +135,16 @@ class SequenceBatch:
         return [0, *torch.tensor(self.images_per_row).cumsum(0).tolist()]
 
 
-def micro_batches(batch: SequenceBatch, max_tokens: int | None) -> Iterator[tuple[Tensor, SequenceBatch]]:
-    """Cut a batch along B into pieces whose padded size stays within `max_tokens` (a single longer sequence stands
-    alone). None does not cut. Every piece comes with the indices of the rows it holds.
+def micro_batches(
+    batch: SequenceBatch, max_tokens: int | None, shared_B: Tensor | None = None
+) -> Iterator[tuple[Tensor, SequenceBatch]]:
+    """Cut a batch along B into pieces whose size stays within `max_tokens` (a single longer sequence stands alone).
+    None does not cut. Every piece comes with the indices of the rows it holds.
+
+    Args:
+        shared_B: where a piece runs packed (`prism_pl.packing`), numbers that are equal for sequences that read their
+            prompt from one place: a piece's size is then what the row holds, each such prompt once. None where it runs
+            padded: its size is that of the padded rows.
 
     Every rank comes here at once and gets as many pieces, since each means a collective operation: a rank with fewer
     splits them further, and where it has not as many rows, a piece comes with no indices and a row that does not count.
@@ -148,7 +155,7 @@ def micro_batches(batch: SequenceBatch, max_tokens: int | None) -> Iterator[tupl
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"micro_batch_tokens is {max_tokens}: give at least 1, or null for the whole batch at once")
-    pieces = _pieces(batch, max_tokens)
+    pieces = _pieces(batch, max_tokens, shared_B)
     if world_size() > 1 and max_tokens is not None:
         num_pieces = int(global_max(torch.tensor(len(pieces), device=batch.lengths_B.device)))
         pieces = _split_into(pieces, num_pieces)
@@ -159,21 +166,29 @@ def micro_batches(batch: SequenceBatch, max_tokens: int | None) -> Iterator[tupl
         yield torch.tensor(rows, dtype=torch.long), batch.select(torch.tensor(rows or [0]))
 
 
-def _pieces(batch: SequenceBatch, max_tokens: int | None) -> list[list[int]]:
+def _pieces(batch: SequenceBatch, max_tokens: int | None, shared_B: Tensor | None) -> list[list[int]]:
     """Rows of each piece."""
     lengths = batch.lengths_B.tolist()
-    if max_tokens is None or len(batch) * max(lengths) <= max_tokens:
-        return [list(range(len(batch)))]
+    prompts = batch.response_index_BT[:, 0].tolist()
+    shared = [0] * len(batch) if shared_B is None else shared_B.tolist()
+
+    def size(rows: Sequence[int]) -> int:
+        if shared_B is None:
+            return len(rows) * max(lengths[row] for row in rows)
+        once = {shared[row]: prompts[row] for row in rows}
+        return sum(lengths[row] - prompts[row] for row in rows) + sum(once.values())
+
+    everything = list(range(len(batch)))
+    if max_tokens is None or size(everything) <= max_tokens:
+        return [everything]
     groups = batch.groups()
     groups.sort(key=lambda rows: -max(lengths[row] for row in rows))
-    order = [row for rows in groups for row in sorted(rows, key=lambda row: -lengths[row])]
+    # What shares a prompt stands together, so that a cut seldom runs it twice.
+    order = [row for rows in groups for row in sorted(rows, key=lambda row: (shared[row], -lengths[row]))]
     pieces: list[list[int]] = [[]]
-    longest = 0
     for row in order:
-        longest = max(longest, lengths[row])
-        if pieces[-1] and longest * (len(pieces[-1]) + 1) > max_tokens:
+        if pieces[-1] and size([*pieces[-1], row]) > max_tokens:
             pieces.append([])
-            longest = lengths[row]
         pieces[-1].append(row)
     return pieces
 

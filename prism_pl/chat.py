@@ -6,6 +6,7 @@ of the release's prompt). This file is the only place that knows the format.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ _TAG = re.compile(r"</?(?:caption|think|answer)>")
 _RESPONSE = re.compile(r"\s*<caption>(.*)</caption>\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 _WHITE_SPACE = re.compile(r"\s+")
 _CONTROL = re.compile(r"<(?=\|[\w.-]+\|>)")
+_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # fillers that Unicode counts as letters or symbols
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def parse(text: str) -> Parsed:
     """Take a response apart, strictly: every tag exactly once, in order, no block empty, nothing outside.
 
     Stricter than the release in two places: it accepts empty blocks, and tags repeated inside a block (which also lets
-    the answer block swallow a second response). Tags are case-sensitive.
+    the answer block swallow a second response). A block of nothing but invisible characters, such as a zero-width
+    space, is empty too. Tags are case-sensitive.
 
     Example:
         >>> parse("<caption>- a red 3</caption> <think>1. read 3</think> <answer>3</answer>").answer
@@ -68,7 +71,7 @@ def parse(text: str) -> Parsed:
         return Parsed("", "", "", False, reason or "text outside the three blocks")
     caption, reasoning, answer = (part.strip() for part in match.groups())
     for name, part in zip(BLOCKS, (caption, reasoning, answer), strict=True):
-        if not part:
+        if not _is_visible(part):
             return Parsed("", "", "", False, f"the <{name}> block is empty")
     return Parsed(caption, reasoning, answer, True)
 
@@ -84,6 +87,12 @@ def _malformed_reason(text: str) -> str:
         if found.count(tag) > 1:
             return f"{tag} stands {found.count(tag)} times"
     return "" if found == expected else "the blocks are out of order"
+
+
+def _is_visible(text: str) -> bool:
+    """Whether `text` holds a letter, digit, sign or symbol: white space (Unicode's Z), format and control characters
+    (C) and marks without a letter (M) show nothing."""
+    return any(unicodedata.category(char)[0] not in "ZCM" and char not in _BLANK for char in text)
 
 
 def segments(parsed: Parsed, experts: Sequence[str] = EXPERTS) -> dict[str, str]:
@@ -132,7 +141,7 @@ def lenient_answer(text: str) -> str:
     """The answer wherever it stands, for scoring models that do not know the format: the last non-empty answer block,
     else the text after the last "answer is" or "answer:", else the last line that is not empty."""
     blocks = [block.strip() for block in re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)]
-    blocks = [block for block in blocks if block]
+    blocks = [block for block in blocks if _is_visible(block)]
     if blocks:
         return blocks[-1]
     told = re.findall(r"answer(?: is|:)\s*([^\n]+)", text, re.IGNORECASE)

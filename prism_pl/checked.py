@@ -1,7 +1,8 @@
 """What `data check` found in the training rows of a data set, and what a run takes over from it.
 
 `checked.npz` holds, for each training row in order, the tokens of its prompt (images expanded) and of its response, and
-which reason it is left out for (0: none); `check.json` the reasons, and the recipe of the data they belong to.
+which reason it is left out for (0: none), and the same of the validation rows; `check.json` the reasons, and the recipe
+of the data they belong to.
 """
 
 import json
@@ -29,19 +30,30 @@ class Checkable(Protocol):
     def selection(self) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class FiltersPrompts(Protocol):
+    """A data module that leaves out rows with longer prompts by itself; None: none."""
+
+    max_prompt_tokens: int | None
+
+
 @dataclass(frozen=True)
 class Checked:
-    """What is known of N training rows.
+    """What is known of N training rows and of the validation rows.
 
     Attributes:
         kept: positions of the rows that are trained on.
         lengths: tokens of prompt and response of each row.
         said: how many rows are left out, and why.
+        validation: positions of the validation rows that can be used.
+        validation_said: as `said`, of these.
     """
 
     kept: np.ndarray
     lengths: np.ndarray
     said: str
+    validation: np.ndarray
+    validation_said: str
 
 
 def read_checked(folder: Path, recipe: dict[str, Any], num_rows: int) -> Checked:
@@ -66,10 +78,23 @@ def read_checked(folder: Path, recipe: dict[str, Any], num_rows: int) -> Checked
     with np.load(folder / CHECKED) as arrays:
         reason_N = arrays["reason"]
         lengths_N = arrays["prompt_tokens"].astype(np.int64) + arrays["response_tokens"]
+        validation_reason = arrays["validation_reason"]
     assert len(reason_N) == num_rows, "rows are part of the recipe"
     kept = np.flatnonzero(reason_N == 0)
     if not len(kept):
         raise ValueError(f"data.check_folder: {folder} leaves none of {num_rows} rows; {CHECK} says why")
-    counts = Counter(content["reasons"][number - 1] for number in reason_N[reason_N > 0].tolist())
+    reasons = content["reasons"]
+    validation = np.flatnonzero(validation_reason == 0)
+    return Checked(
+        kept,
+        lengths_N,
+        _said(reason_N, reasons, "rows"),
+        validation,
+        _said(validation_reason, reasons, "validation rows"),
+    )
+
+
+def _said(reason_N: np.ndarray, reasons: list[str], rows: str) -> str:
+    counts = Counter(reasons[number - 1] for number in reason_N[reason_N > 0].tolist())
     why = "".join(f"; {count} x {reason}" for reason, count in counts.most_common())
-    return Checked(kept, lengths_N, f"Data check: {num_rows - len(kept)} of {num_rows} rows left out{why}.")
+    return f"Data check: {counts.total()} of {len(reason_N)} {rows} left out{why}."

@@ -109,6 +109,21 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def put_in_place(finished: Path, folder: Path) -> None:
+    """Rename a finished folder to its own name, in the place of an older one, or of a file.
+
+    A kill between the two renames leaves the older one as `.old` and the finished one under its temporary name; a kill
+    after them leaves an outdated `.old`, which the next call removes.
+    """
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        remove(old)
+        os.replace(folder, old)
+    os.replace(finished, folder)
+    sync_folder(folder.parent)
+    remove(old)
+
+
 class LastCheckpoints:
     """The last two checkpoints of a run and what is known about them. For the first rank alone.
 

@@ -38,11 +38,13 @@ from prism_pl.checkpoint_files import (
 )
 from prism_pl.errors import Stopped, UsageError, did_you_mean
 from prism_pl.explain import explain, explain_lightning, file_with_key, nested_keys, own_error
+from prism_pl.folders import checkpoint_name
 from prism_pl.last_checkpoint import LastCheckpoint
 from prism_pl.origin import SYSTEMS, check_origin
 from prism_pl.run_folder import (
     SaveConfig,
     check_writable,
+    default_folder,
     fresh_folder,
     held,
     hush_writer_threads,
@@ -106,7 +108,8 @@ class PrismParser(LightningArgumentParser):
     _folder: Path | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        # A cut-off key is a misspelled one: with a further option it would mean another.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
         self.config_files: list[Path] = []
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -204,16 +207,14 @@ class PrismCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         files = config.get("config") or []
         names = [stage_of(Path(str(file.absolute))) for file in files]
-        # How a run is spread over devices is no other run: its folder is the same, and it is told where it cannot go
-        # on.
-        first, *others = [name for name in names if not name.startswith("strategy/")] or [str(self.subcommand)]
-        stage = "+".join([first, *(Path(name).name for name in others)])
         if self.subcommand == "fit" and str(config.trainer.precision) in HALF_WEIGHTS:
             raise UsageError(
                 f"trainer.precision is {config.trainer.precision}: steps of a small learning rate round to nothing on "
                 "weights of 16 bits. Set bf16-mixed, which keeps them in float32."
             )
-        folder = Path(config.trainer.default_root_dir or Path("runs") / stage)
+        folder = Path(
+            config.trainer.default_root_dir or default_folder(str(self.subcommand), names, self._evaluated(config))
+        )
         if self.fresh:
             folder = fresh_folder(folder)
         config.trainer.default_root_dir = str(folder)
@@ -226,6 +227,13 @@ class PrismCLI(LightningCLI):
                 if begins:  # what stops before anything is written leaves no folder
                     self._held.callback(remove_unused, folder)
             self._go_on(folder, config)
+
+    def _evaluated(self, config: Namespace) -> str | None:
+        """What an evaluation calls its policy; None where nothing is evaluated under a name."""
+        policy = config.get("model.init_args.policy.path")
+        if self.subcommand != "test" or policy is None or "model.init_args.name" not in config:
+            return None
+        return config.model.init_args.name or checkpoint_name(policy)
 
     def _go_on(self, folder: Path, config: Namespace) -> None:
         """Find the checkpoint to go on from, and say so; UsageError where it cannot be or should not be."""

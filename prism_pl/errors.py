@@ -38,6 +38,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
+def yaml_fault(told: str) -> str:
+    """One sentence of what a YAML parser says over several lines, and what is asked for."""
+    lines = re.findall(r", line (\d+), column", told)
+    problems = re.findall(r"([^\n]+)\n\s+in \"[^\"\n]*\", line", told)
+    if not lines or not problems:
+        return " ".join(told.split())
+    where = f"line {lines[0]}" if lines[0] == lines[-1] else f"lines {lines[0]} to {lines[-1]}"
+    return (
+        f"{where}: {problems[-1].strip()}. Write KEY: VALUE on each line, and begin those of one level in one column, "
+        "behind spaces"
+    )
+
+
 def wants_traceback() -> bool:
     """Whether PRISM_TRACEBACK (or --debug, which sets it) asks for Python's own traceback."""
     return os.environ.get("PRISM_TRACEBACK", "") not in ("", "0")

@@ -17,7 +17,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from prism_pl.errors import UsageError, did_you_mean
+from prism_pl.errors import UsageError, did_you_mean, yaml_fault
 
 CLASS_PATH = re.compile(r"class_path '([\w.]+)'|class_path='([\w.]+)'")
 INIT_ARGS = ".init_args."
@@ -154,7 +154,8 @@ def _required(match: re.Match[str], message: str, keys: list[str]) -> str:
     class_path = _named_class(message)
     if class_path:
         return f"{_where(message)}.init_args: {class_path} needs {match['names']}, which nothing sets."
-    return f"Nothing sets {match['names']}. Name a configuration (--config align.yaml) or give the keys."
+    names = re.sub(r"\b(?:fit|validate|test|predict)\.", "", match["names"])
+    return f"Nothing sets {names}. Name a configuration (--config align.yaml) or give the keys."
 
 
 def _wrong_value(match: re.Match[str], message: str, keys: list[str]) -> str:
@@ -167,9 +168,14 @@ def _wrong_value(match: re.Match[str], message: str, keys: list[str]) -> str:
     return f"{_where(message)}: {value!r} is no {expected}."
 
 
+def _no_yaml(match: re.Match[str], message: str, keys: list[str]) -> str:
+    return f"This is no YAML: {yaml_fault(match['told'])}."
+
+
 Explanation = Callable[[re.Match[str], str, list[str]], str]
 # In the order of how much they say: the innermost, most specific complaint first.
 EXPLANATIONS: list[tuple[str, Explanation]] = [
+    (r"(?s)Problems parsing config: (?P<told>.*, line \d+, column .*)", _no_yaml),
     (r"unrecognized arguments: (?P<key>\S+)", _unknown_key),
     (r"Option '(?P<key>[\w.]+)' is not accepted", _unknown_key),
     (r"does not accept option '(?P<key>[\w.]+)'", _unknown_key),

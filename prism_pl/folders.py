@@ -1,4 +1,5 @@
-"""The next free folder of a name, for runs and pipelines that begin beside an earlier one. Light: no heavy imports."""
+"""Names of folders: the next free one, for runs and pipelines that begin beside an earlier one, and what the policy in
+one is called. Light: no heavy imports."""
 
 from pathlib import Path
 
@@ -14,3 +15,16 @@ def free_folder(folder: Path, lock: str) -> Path:
     while not is_free(chosen, lock):
         chosen, number = folder.with_name(f"{folder.name}-{number}"), number + 1
     return chosen
+
+
+def checkpoint_name(policy: str) -> str:
+    """What a policy is called that was given no name: an export by its run, else the last part of its path or hub id.
+
+    Example:
+        >>> checkpoint_name("runs/align/export"), checkpoint_name("runs/rlvr/export-best"), checkpoint_name("a/b")
+        ('align', 'rlvr-best', 'b')
+    """
+    path = Path(policy).absolute()
+    if path.name.split("-")[0] != "export":
+        return path.name
+    return path.parent.name + path.name.removeprefix("export")

@@ -8,7 +8,7 @@ data says. CMYK and other colour spaces are converted.
 import base64
 import io
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 MAX_ASPECT = 200  # Qwen2-VL's image processor refuses a longer side of more than 200 times the shorter one
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values at which width and height change places
+
+
+class Size(NamedTuple):
+    """Pixels of an image that was not decoded: all that its visual tokens depend on."""
+
+    width: int
+    height: int
 
 
 def open_image(image: "Image | Path | str | bytes", where: str) -> "Image":
@@ -36,11 +43,11 @@ def open_image(image: "Image | Path | str | bytes", where: str) -> "Image":
         return _rgb(ImageOps.exif_transpose(opened))
 
 
-def image_size(image: "Image | Path | str | bytes", where: str) -> tuple[int, int]:
-    """Width and height in pixels, from the header alone. Raises as `open_image` does, save for broken pixels."""
+def image_size(image: "Image | Path | str | bytes", where: str) -> Size:
+    """Width and height, from the header alone. Raises as `open_image` does, save for broken pixels."""
     with _opened(image, where) as opened:
         width, height = opened.size
-        return (height, width) if opened.getexif().get(_ORIENTATION) in _TURNED else (width, height)
+        return Size(height, width) if opened.getexif().get(_ORIENTATION) in _TURNED else Size(width, height)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ moment. Light: no heavy imports. The format, with `null` where something is not 
     others     {}
 
 Hashes: of a file its content's; of a folder the names and contents of all files in it; of a pattern the names and
-contents of what it matches. Data folders from outside, which may be large, are hashed by names and sizes.
+hashes of what it matches. Data folders from outside, which may be large, are hashed by names and sizes.
 """
 
 import contextlib

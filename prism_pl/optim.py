@@ -4,11 +4,32 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 Schedule = Literal["constant", "cosine", "linear"]
+
+
+def build_optimizer(make: OptimizerCallable, network: nn.Module, option: str = "optimizer") -> Optimizer:
+    """An optimiser over what is trained of a network.
+
+    Args:
+        option: what it is called in a YAML.
+
+    Raises:
+        ValueError: the optimiser does not take its settings, or nothing is trained.
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError(
+            f"model.{option}: every weight is frozen, so nothing is trained. Give model.freeze fewer patterns"
+        )
+    try:
+        return make(trained)
+    except ValueError as error:
+        raise ValueError(f"model.{option}: {error}. Set it there, as in --model.{option}.lr 1e-4") from error
 
 
 def lr_scheduler(optimizer: Optimizer, schedule: Schedule, warmup: float, num_steps: float) -> Any:

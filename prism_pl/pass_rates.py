@@ -74,7 +74,7 @@ def read_pass_rates(file: Path) -> dict[str, float]:
             "--config filter.yaml --model.policy.path POLICY --trainer.default_root_dir FOLDER"
         )
     rates: dict[str, float] = {}
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_text().split("\n"), start=1):
         if not line.strip() or (number == 1 and line.startswith('{"recipe":')):
             continue
         where = f"{file}, line {number}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_pl.batch import SequenceBatch
+from prism_pl.checkpoint_files import put_in_place
 from prism_pl.errors import UsageError
 from prism_pl.lora import LoraSpec, add_lora, freeze_adapters, has_lora, whole_parameters
 from prism_pl.processor import Processor
@@ -52,6 +53,11 @@ class PolicySpec:
     def processor(self) -> Processor:
         """The tokenizer and image processor at `path`."""
         check_policy_path(self.path)
+        if (Path(self.path) / "discriminator.json").exists():
+            raise UsageError(
+                f"policy.path {self.path!r} is a discriminator: name the export/ folder of a policy's run, such as "
+                "runs/sft/export, and this one as discriminator.path"
+            )
         return Processor.from_path(self.path, self.max_pixels)
 
 
@@ -151,7 +157,9 @@ def load_safetensors(kind: Any, path: str, attn_implementation: str) -> Any:
     )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(f"{path!r} lacks {len(missing)} weights of its own config, e.g. {missing[0]!r}")
+        raise ValueError(
+            f"{path!r} lacks {len(missing)} weights of its own config, e.g. {missing[0]!r}: export or download it anew"
+        )
     for name, held, wanted in info["mismatched_keys"]:
         raise ValueError(
             f"{path!r} holds {name!r} of the shape {tuple(held)}, and its own config wants {tuple(wanted)}: export or "
@@ -339,22 +347,6 @@ def fresh_temporary(folder: Path) -> Path:
     if temporary.exists():
         shutil.rmtree(temporary)
     return temporary
-
-
-def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder to its own name, in the place of an older one.
-
-    A kill between the two renames leaves the older one as `.old`, the finished one as `.tmp`; a kill after them leaves
-    an outdated `.old`, which the next call removes.
-    """
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        folder.rename(old)
-    temporary.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def set_dtype(config_file: Path, dtype: str) -> None:

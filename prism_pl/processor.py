@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prism_pl.batch import Example, SequenceBatch
 from prism_pl.chat import SYSTEM_PROMPT, plain_text
-from prism_pl.images import open_image
+from prism_pl.images import Size, image_size, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,7 +52,7 @@ class Processor:
         tokenizer: a Hugging Face tokenizer with a chat template and Qwen's special tokens.
         image_processor: Qwen2-VL's image processor (PIL backend: it needs no torchvision).
         source: the folder or hub id both were read from; exports take their processor files from it.
-        text_only: leave an example's images out of its prompt.
+        text_only: leave an example's images out of its prompt, and the marks of where they stand.
     """
 
     def __init__(self, tokenizer: Any, image_processor: Any, source: str, text_only: bool = False) -> None:
@@ -91,7 +91,7 @@ class Processor:
     def prompt(self, example: Example) -> Prompt:
         """Encode system prompt, images and question of an example."""
         if self.text_only:
-            example = replace(example, images=[])
+            example = replace(example, images=[], question=example.question.replace(IMAGE_MARK, ""))
         text = self.prompt_text(example)
         raw_ids = self.tokenizer(text, add_special_tokens=False).input_ids
         pixel_values_NC, grids_I3 = self._images(example)
@@ -103,14 +103,20 @@ class Processor:
         messages = chat_messages(example, [{"type": "image"} for _ in example.images])
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def prompt_ids(self, text: str, images: Sequence["Image"]) -> list[int]:
+    def prompt_length(self, example: Example) -> int:
+        """How many `Prompt.ids` there are, by the images' headers alone. Raises as `image_size` does."""
+        images = [] if self.text_only else example.images
+        sizes = [image_size(image, example.id) for image in images]
+        return len(self.prompt_ids(self.prompt_text(replace(example, images=images)), sizes))
+
+    def prompt_ids(self, text: str, images: Sequence["Image | Size"]) -> list[int]:
         """`Prompt.ids` from the chat text and the images' sizes alone, without their patches."""
         counts = iter([self._num_visual_tokens(image) for image in images])
         raw_ids = self.tokenizer(text, add_special_tokens=False).input_ids
         runs = [[i] * next(counts, 1) if i == self.image_token_id else [i] for i in raw_ids]
         return [i for run in runs for i in run]
 
-    def _num_visual_tokens(self, image: "Image") -> int:
+    def _num_visual_tokens(self, image: "Image | Size") -> int:
         patches = self.image_processor.get_number_of_image_patches(image.height, image.width, {})
         return patches // self.image_processor.merge_size**2
 

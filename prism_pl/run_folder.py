@@ -18,7 +18,7 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,21 @@ def write_config(path: Path, text: str) -> None:
         shutil.copy2(path, aside)
     with whole_file(path) as file:  # a kill in between must not lose what the next start compares itself with
         file.write(text.encode())
+
+
+def default_folder(command: str, names: Sequence[str], checkpoint: str | None = None) -> Path:
+    """`runs/<names of the configs>`; of an evaluation `runs/<names>-<checkpoint>`, for each checkpoint has its own.
+
+    Args:
+        command: fit, validate, test or predict; the name of a run without a config.
+        names: of the configs, as `shipped.stage_of` gives them.
+        checkpoint: what an evaluation calls its policy.
+    """
+    # How a run is spread over devices is no other run: its folder is the same, and it is told where it cannot go on.
+    first, *others = [name for name in names if not name.startswith("strategy/")] or [command]
+    stage = "+".join([first, *(Path(name).name for name in others)])
+    of = "" if checkpoint is None else "-" + checkpoint.replace("/", "-")
+    return Path("runs") / (stage + of)
 
 
 def fresh_folder(folder: Path) -> Path:

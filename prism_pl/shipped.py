@@ -42,9 +42,10 @@ def find_config(name: str) -> Path:
             return candidate.absolute()
     known = shipped_configs()
     here = [str(path) for path in Path(name).parent.glob("*.yaml")]
+    near = did_you_mean(name, known + here)
+    shipped = " All shipped ones: python -m prism_pl --help" if near else f" Shipped: {', '.join(known) or 'none'}."
     raise UsageError(
-        f"--config {name}: no such file in {Path.cwd()}, and no shipped configuration of that name."
-        f"{did_you_mean(name, known + here)} Shipped: {', '.join(known) or 'none'}."
+        f"--config {name}: no such file in {Path.cwd()}, and no shipped configuration of that name.{near}{shipped}"
     )
 
 

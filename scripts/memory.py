@@ -5,17 +5,22 @@ Launch: python scripts/memory.py configs/qwen3vl-4b/align.yaml configs/qwen3vl-4
 Bytes of a process, with n processes and P parameters of a network, T of them trained:
 
     DeepSpeed (bf16-mixed)   weights 2 P, or 2 P / n at stage 3; gradients 4 T and states 12 T (float32 master weights,
-                             two moments), together 16 T / n, on the GPU or with `offload_optimizer` in CPU memory
+                             two moments), together 16 T / n on the GPU
+    `offload_optimizer`      on the GPU gradients 4 T / n, added up there until the step; alignment holds both players'
+                             at once. In CPU memory master weights and gradients, 4 T / n each, and weights in bf16,
+                             2 T / n, all three pinned, for which torch takes the next power of two; two moments
+                             8 T / n; and while a network steps, two temporaries of AdamW, 8 T / n
     one process (`auto`)     weights 4 P in float32, gradients 4 T, two moments 8 T
-    frozen                   4 P: an evaluated policy, the warm start's policy
+    frozen                   2 P under DeepSpeed, else 4 P: an evaluated policy, or the warm start's with an engine
     vLLM                     gpu_memory times the card while it generates, lent to training while it sleeps
     activations              recomputed layer by layer: 2 layers hidden bytes a token of a micro-batch, then the logits
                              of chunk_tokens in float32 three times, and 2 GB for the rest
-    CPU memory               what is offloaded, and 4 P of the largest network a process while it is loaded
+    CPU memory               what is offloaded, or before that 4 P of the largest network a process while it is loaded
 
 The peak is the larger of training (with vLLM asleep) and generating. Measured runs take some GB more or less.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,22 +69,25 @@ def needs(config: dict[str, Any], size: str) -> Needs:
     model, trainer = config["model"]["init_args"], config["trainer"]
     policy, n, options = SIZES[size], trainer.get("devices", 1), _strategy(trainer)
     stage = config["model"]["class_path"].rpartition(".")[2]
+    engine = model.get("rollout", model.get("engine"))
     trained: list[tuple[Size, float]] = []
-    frozen = 0.0
+    frozen: list[Size] = []
     if stage in ("SFTModule", "AdversarialAlignModule", "RLVRModule"):
         trained.append((policy, _trained(model, policy, size)))
-    else:
-        frozen = 4 * policy.parameters
+    elif engine is not None:
+        frozen.append(policy)
     if "discriminator" in model:
         judge = SIZES["sparse 2B x 4"]
         trained.append((judge, judge.parameters))
-    weights, states, offloaded = _of_networks(trained, options, n)
-    engine = model.get("rollout", model.get("engine", {})).get("init_args", {}).get("gpu_memory", 0) * CARD * GB
-    generating = 0.0 if stage == "DiscriminatorModule" else engine  # published pairs need no rollout
-    held = weights + states + frozen
+    held = _held(trained, options, n) + sum((4 if options["stage"] is None else 2) * net.parameters for net in frozen)
+    generating = (engine or {}).get("init_args", {}).get("gpu_memory", 0) * CARD * GB
     train = _activations(model, [network for network, _ in trained]) if trained else 0.0
-    largest = max([policy.parameters, *(network.parameters for network, _ in trained)])
-    return Needs((held + max(train, generating)) / GB, (offloaded + 4 * largest * n) / GB)
+    offloaded = 0.0
+    if options.get("offload_optimizer"):
+        train += sum(4 * count / n for _, count in trained)
+        offloaded = n * _offloaded([count / n for _, count in trained])
+    largest = max(network.parameters for network in [*frozen, *(network for network, _ in trained)])
+    return Needs((held + max(train, generating)) / GB, max(offloaded, 4 * largest * n) / GB)
 
 
 def _strategy(trainer: dict[str, Any]) -> dict[str, Any]:
@@ -94,14 +102,23 @@ def _trained(model: dict[str, Any], policy: Size, size: str) -> float:
     return policy.parameters - (policy.vision if model.get("freeze") else 0)
 
 
-def _of_networks(trained: list[tuple[Size, float]], options: dict[str, Any], n: int) -> tuple[float, float, float]:
-    """Bytes of weights and of states on one GPU, and of what is offloaded over all processes."""
+def _held(trained: list[tuple[Size, float]], options: dict[str, Any], n: int) -> float:
+    """Bytes of one GPU that weights and states take throughout."""
     if options["stage"] is None:
-        return sum(4 * net.parameters for net, _ in trained), sum(12 * count for _, count in trained), 0.0
+        return sum(4 * net.parameters + 12 * count for net, count in trained)
     shards = n if options["stage"] == 3 else 1
     weights = sum(2 * net.parameters / shards for net, _ in trained)
-    states = sum(16 * count for _, count in trained)
-    return (weights, 0.0, states) if options.get("offload_optimizer") else (weights, states / n, 0.0)
+    return weights + (0 if options.get("offload_optimizer") else sum(16 * count for _, count in trained) / n)
+
+
+def _offloaded(counts: list[float]) -> float:
+    """Bytes of a process's CPU memory at the step, for the parameters of each network that are its own."""
+    kept = sum(2 * _pinned(4 * count) + _pinned(2 * count) + 8 * count for count in counts)
+    return kept + 8 * max(counts)
+
+
+def _pinned(num_bytes: float) -> float:
+    return 2.0 ** math.ceil(math.log2(num_bytes))
 
 
 def _activations(model: dict[str, Any], networks: list[Size]) -> float:

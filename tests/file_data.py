@@ -93,7 +93,7 @@ class Rows(list, ReadsBadRows):
 
 def opened(data: Any, collator: Any = list, folder: Path = Path("run")) -> Any:
     """The data module as a run would set it up on one process."""
-    module = SimpleNamespace(collator=collator, hparams={})
+    module = SimpleNamespace(collator=collator, hparams={}, processor=None)
     data.trainer = SimpleNamespace(
         is_global_zero=True, default_root_dir=str(folder), world_size=1, global_rank=0, lightning_module=module
     )

@@ -9,7 +9,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -22,14 +22,15 @@ from modules.sft import SFTModule
 from modules.warmup import DiscriminatorModule
 from prism_pl.chat import render
 from prism_pl.checkpoint_files import LastCheckpoints
-from prism_pl.discriminator import DedicatedMoEDiscriminator, SparseMoEDiscriminator
+from prism_pl.discriminator import DedicatedMoEDiscriminator, DenseDiscriminator, SparseMoEDiscriminator
 from prism_pl.last_checkpoint import LastCheckpoint
 from prism_pl.lora import LoraSpec
 from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import GRPO
-from prism_pl.rollout import TransformersEngine
+from prism_pl.rollout import TransformersEngine, VLLMEngine
 from prism_pl.rollout.engine import Sampling
 from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, gathered
+from prism_pl.strategy.sharding import is_sharded, whole_numel
 from prism_pl.strategy.weights_only import NetworksOnly
 from prism_pl.updates import KLPenalty
 from tests.conftest import make_examples
@@ -54,7 +55,16 @@ ON_ROLLOUTS: dict[str, Any] = {
     "schedule": "linear",
     "warmup": 1,
 }
-OPTIMIZERS = {"SGD": partial(torch.optim.SGD, lr=0.05), "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)}
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, lr=0.05),
+    "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01),
+    "still": partial(torch.optim.SGD, lr=0.0),
+}
+
+
+SAMPLERS: dict[str, Any] = {"transformers": TransformersEngine, "vllm": VLLMEngine}
+# Of each network, once it is built and has no engine yet: how many weights this rank holds, and how many there are.
+BUILT: dict[str, list[int]] = {}
 
 
 class Replayed(ScriptedEngine):
@@ -109,12 +119,35 @@ class Poison(Callback):
             norm.register_full_backward_hook(lambda module, grads, outs: tuple(g * float("nan") for g in grads))
 
 
+def fill_disk(part: str) -> None:
+    """Let this process write no file whose name has this part."""
+    save = torch.save
+
+    def failing(state: Any, file: Any, *args: Any, **options: Any) -> None:
+        if part in str(getattr(file, "name", file)):
+            raise OSError(28, "No space left on device")
+        save(state, file, *args, **options)
+
+    torch.save = failing
+
+
 class Sparse(SparseMoEDiscriminator):
     """Upcycled with the same random numbers, however they were drawn before."""
 
     def __init__(self) -> None:
         torch.manual_seed(5)
         super().__init__(POLICY, init_heads=True, dropout=0.0, balance_weight=0.1)
+
+    def _heads(self, path, init_heads):
+        torch.manual_seed(6)
+        return super()._heads(path, init_heads)
+
+
+class Whole(DenseDiscriminator):
+    """With the same heads, however numbers were drawn before."""
+
+    def __init__(self) -> None:
+        super().__init__(POLICY, init_heads=True, segments="whole", dropout=0.0)
 
     def _heads(self, path, init_heads):
         torch.manual_seed(6)
@@ -148,7 +181,18 @@ def strategy_of(kind: Any, engines: dict[str, Any] | None, **options: Any) -> An
     if isinstance(kind, str):
         return kind
     chosen = {name: EngineOptions(**each) for name, each in (engines or {}).items()}
-    return MultiEngineDeepSpeedStrategy(stage=kind, engines=chosen, **options)
+    strategy: Any = MultiEngineDeepSpeedStrategy(stage=kind, engines=chosen, **options)
+    setup = strategy.setup
+
+    def noting(trainer: L.Trainer) -> None:
+        for name, network in strategy.model.named_children():
+            weights: list[Any] = list(network.parameters())
+            held = sum(p.ds_tensor.numel() if is_sharded(p) else p.numel() for p in weights)
+            BUILT[name] = [held, sum(map(whole_numel, weights))]
+        setup(trainer)
+
+    strategy.setup = noting
+    return strategy
 
 
 def train(
@@ -162,28 +206,33 @@ def train(
     optimizer: str = "SGD",
     precision: str = "32-true",
     shared_group: bool = False,
-    sampled: bool = False,
+    sampled: Literal["transformers", "vllm"] | None = None,
     extra: dict[str, Any] | None = None,
     saved: bool = False,
     kill: tuple[int, int] | None = None,
     ckpt: str | None = None,
     weights_only: bool = False,
     poison: tuple[int, int, str] | None = None,
+    full_disk: tuple[int, str] | None = None,
     sparse: bool = False,
+    whole: bool = False,
     lora: bool = False,
     kl: dict[str, Any] | None = None,
     stop_after: int | None = None,
 ) -> None:
-    """Train a stage, and leave `told.pt`: what each step logged, and the weights at the end.
+    """Train a stage, and leave `told.pt`: what each step logged, the weights at the end, and under engines what was
+    `built`.
 
     Args:
         options: of `MultiEngineDeepSpeedStrategy`.
-        sampled: rollouts of the live policy in place of replayed ones.
+        sampled: rollouts of the live policy by an engine in place of replayed ones.
         extra: of the module.
         saved: keep the last checkpoints, of every step.
         kill: the rank to kill, and at which batch.
         poison: the rank and the batch at which a network's gradients become NaN, and the network.
+        full_disk: the rank that cannot write files with this in their names.
         sparse: the release's discriminator, with a router.
+        whole: GAD's, which reads a response in one pass.
         lora: train adapters of the policy.
         kl: `KLPenalty`.
         stop_after: so many steps of a run that was meant to be longer.
@@ -192,16 +241,20 @@ def train(
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    if full_disk and full_disk[0] == rank:
+        fill_disk(full_disk[1])
     per_step = 1 if shared_group else 2
     script = SCRIPT if not shared_group else SCRIPT[:4] + SCRIPT[8:12] + SCRIPT[16:20]
     size = 4 * per_step
     share = size // num_ranks
     mine = [script[s * size + rank * share + i] for s in range(NUM_STEPS) for i in range(share)]
-    engine = TransformersEngine() if sampled else Replayed(mine)
+    engine = SAMPLERS[sampled]() if sampled else Replayed(mine)
     ranks_per_group = num_ranks if shared_group else 1
     extra = (extra or {}) | ({"kl": KLPenalty(**kl)} if kl else {})
     policy = PolicySpec(POLICY, lora=LoraSpec(rank=4) if lora else None)
-    judge = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
+    judge: Any = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
+    if whole:
+        judge = Whole
     module, names = STAGES[stage](policy, judge, engine, OPTIMIZERS[optimizer], ranks_per_group, extra)
     record, keep = Record(), Keep(*names)
     events: list[Callback] = [StopAfter(stop_after)] if stop_after else []
@@ -232,7 +285,8 @@ def train(
     module.export(folder / "export")
     if rank == 0:
         steps = [{key: value for key, value in step.items() if "time/" not in key} for step in record.steps]
-        torch.save({"steps": steps, "weights": keep.weights}, folder / "told.pt")
+        told = {"steps": steps, "weights": keep.weights, "built": BUILT}
+        torch.save(told, folder / "told.pt")
 
 
 def _align(policy: Any, judge: Any, engine: Any, optimizer: Any, ranks_per_group: int, extra: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """Ablations: what arms share, what a second start runs, and tables whose numbers are known beforehand."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -325,22 +326,35 @@ def test_arms_evaluated_on_other_prompts_are_not_compared(folder):
 
 
 def test_crossed_intervals_resample_runs_and_prompts():
-    # Two runs that disagree, one prompt: resamples of the runs give 0 and 1 a quarter each.
-    assert crossed_interval(np.array([[0.0], [1.0]]), 2000)[:3] == (0.5, 0.0, 1.0)
+    # A single run: its prompts alone.
     assert crossed_interval(np.array([[0.0, 1.0]]), 2000)[:3] == (0.5, 0.0, 1.0)
     assert crossed_interval(np.full((3, 5), 2.0), 100) == (2.0, 2.0, 2.0, 5)
-    # Prompts that all say the same: the interval is the runs' alone, the mean of three draws of three.
-    runs = np.repeat([[0.0], [3.0], [6.0]], 400, axis=1)
-    low, high = crossed_interval(runs, 20_000)[1:3]
-    assert (low, high) == (0.0, 6.0)  # 1/27 = 3.7% each at the ends
+    # Runs that agree where the prompts do not: Student's t over the runs would have no width.
+    assert crossed_interval(np.array([[0.0, 1.0], [0.0, 1.0]]), 2000)[:3] == (0.5, 0.0, 1.0)
+    # Many runs: t is near the normal, and the interval that of independent draws of runs and of prompts, Owen (2007),
+    # equation 6, up to 1/(S P) terms.
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(4, 60)) + rng.normal(size=(4, 1))
-    # The variance is that of independent draws of runs and of prompts, Owen (2007), equation 6, up to 1/(S P) terms.
+    values = rng.normal(size=(12, 60)) + rng.normal(size=(1, 60))
     by_run, by_prompt = values.mean(1), values.mean(0)
     low, high = crossed_interval(values, 20_000)[1:3]
-    assert (high - low) / (2 * 1.96) == pytest.approx(np.sqrt(by_run.var() / 4 + by_prompt.var() / 60), rel=0.15)
+    assert (high - low) / (2 * 1.96) == pytest.approx(np.sqrt(by_run.var() / 12 + by_prompt.var() / 60), rel=0.15)
     with pytest.raises(ValueError, match=r"needs values of shape \(runs, prompts\) and got \(0, 3\)"):
         crossed_interval(np.zeros((0, 3)))
+
+
+def test_few_runs_that_disagree_get_students_interval():
+    # Means 0, 3, 6: standard deviation 3, over the root of 3; t of two degrees is 4.3027. Resamples end at 0 and 6.
+    runs = np.repeat([[0.0], [3.0], [6.0]], 400, axis=1)
+    mean, low, high, _ = crossed_interval(runs, 2000)
+    assert (mean, low, high) == pytest.approx((3.0, 3 - 4.3027 * math.sqrt(3), 3 + 4.3027 * math.sqrt(3)), abs=1e-4)
+    # All three below 0, and no proof: p = 0.25.
+    luck = crossed_interval(np.repeat([[-1.7], [-1.0], [-7.8]], 100, axis=1), 2000)
+    assert (luck.low, luck.high) == pytest.approx((-12.8, 5.8), abs=0.05)
+    assert not luck.excludes_zero()
+    # Their true mean lies in the interval as often as it says.
+    rng = np.random.default_rng(0)
+    found = [crossed_interval(rng.normal(size=(3, 1)), 200) for _ in range(600)]
+    assert np.mean([one.low <= 0 <= one.high for one in found]) == pytest.approx(0.95, abs=0.025)
 
 
 # Wrong YAML and options

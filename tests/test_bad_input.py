@@ -100,6 +100,11 @@ def test_policy_that_is_no_vision_language_model_is_named_by_its_kind(folder, ca
     assert "policy.path '.' is a 'qwen3' model, not a vision-language model" in message
 
 
+def test_discriminator_as_policy_is_named_with_where_it_belongs(folder, capsys):
+    message = refused(capsys, "align", f"--model.policy.path {ASSETS / 'discriminator'}", codes=(2,))
+    assert "assets/discriminator' is a discriminator: name the export/ folder of a policy's run" in message
+
+
 def test_policy_as_discriminator_is_refused_since_its_heads_would_be_random(folder, capsys):
     message = refused(capsys, "align", f"--model.discriminator.init_args.path {ASSETS / 'sft'}")
     assert "is no warm-started discriminator" in message
@@ -249,6 +254,13 @@ def test_malformed_demonstration_is_named_with_what_is_wrong(folder, capsys, mon
         ("sft", "max_length 20", "raise model.init_args.max_length"),
         ("sft", "micro_batch_tokens 0", "micro_batch_tokens is 0: give at least 1"),
         ("sft", "chunk_tokens 0", "chunk_tokens is 0: give at least 1"),
+        (
+            "sft",
+            "optimizer.lr -1",
+            "model.optimizer: Invalid learning rate: -1.0. Set it there, as in --model.optimizer.lr",
+        ),
+        ("align", "policy_optimizer.lr -1", "error: model.policy_optimizer: Invalid learning rate"),
+        ("sft", "freeze [model.*]", "model.optimizer: every weight is frozen, so nothing is trained"),
         ("sft", "optimizer.lr abc", "model.init_args.optimizer.init_args.lr: 'abc' is no float."),
         ("sft", "optimizer torch.optim.AdamWW", "Did you mean torch.optim.AdamW?"),
         ("evaluate", "num_samples 3", "give 1 sample or a temperature"),

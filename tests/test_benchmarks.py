@@ -1,6 +1,7 @@
 """Published benchmarks: rows to examples, rules on published edge cases, and all of them through the command line."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,34 @@ def test_wrong_files_are_named(tmp_path, benchmarks):
         MMMU(limit=0)
     assert len(MathVision(benchmarks["mathvision"].path, limit=2).rows()) == 2
     assert len(MMMU(benchmarks["mmmu"].path, limit=2).rows()) == 2
+
+
+def test_texts_may_hold_the_ends_of_lines_of_other_alphabets(tmp_path):
+    row = {"id": "1", "question": "a\u2028b\u0085c", "options": [], "answer": "1", "image": "1.png", "subject": "s"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert list(MathVision(str(tmp_path / "rows.jsonl")).rows()) == [row]
+
+
+def test_a_truth_that_is_no_letter_is_the_option_of_its_value(benchmarks):
+    row = {**benchmarks["mathvision"].rows()[0], "options": ["5", "6"], "answer": "6"}
+    example = benchmarks["mathvision"].example(row)
+    right = [benchmarks["mathvision"].is_right(answer, example) for answer in ("6", "B", "A", "no idea")]
+    assert right == [True, True, False, False]
+    none_of_them = benchmarks["mathvision"].example({**row, "answer": "7"})
+    assert [benchmarks["mathvision"].is_right(answer, none_of_them) for answer in ("7", "6", "B")] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_long_answer_is_judged_at_once(benchmarks):
+    choices = ["a long choice of words " * 2] * 4 + ["z"]
+    row = {**benchmarks["mathvista"].rows()[2], "choices": choices, "answer": "z"}
+    example = benchmarks["mathvista"].example(row)
+    begun = time.monotonic()
+    assert not benchmarks["mathvista"].is_right("word soup " * 3000, example)
+    assert time.monotonic() - begun < 5  # all 30,000 characters: 40 s
 
 
 def test_all_benchmarks_through_the_command_line(random_policy, tmp_path, monkeypatch, without_vllm):

@@ -15,9 +15,10 @@ import torch
 import yaml
 
 from prism_pl.__main__ import main
+from prism_pl.folders import checkpoint_name
 from prism_pl.pipeline.resolve import Resolver
 from prism_pl.requested import requested
-from prism_pl.run_folder import fresh_folder, write_config
+from prism_pl.run_folder import default_folder, fresh_folder, write_config
 from prism_pl.shipped import find_config, resolve_paths, shipped_root, stage_of
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,8 @@ def test_file_that_hides_our_package_is_named(folder):
         ([], "A command is missing"),
         (["--config", "dummy.yaml", "fit"], "The command comes first"),
         (["test", "--fresh"], "--fresh belongs to fit"),
+        (["fit"], "Nothing sets data, model. Name a configuration (--config align.yaml)"),
+        (["fit", "--config", "algn.yaml"], "Did you mean align.yaml? All shipped ones: python -m prism_pl --help"),
     ],
 )
 def test_wrong_command_is_one_message(args, said, capsys):
@@ -110,6 +113,7 @@ def test_wrong_command_is_one_message(args, said, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--trainer.max_step", "3"], "no key trainer.max_step. Did you mean trainer.max_steps?"),
         (["--trainer.max_stepz", "3"], "no key trainer.max_stepz. Did you mean trainer.max_steps?"),
         (["--trainr.max_steps", "3"], "Did you mean trainer.max_steps?"),
         (["--model.init_args.alpa", "1"], "model.init_args.alpa: DummyModule takes no alpa. Did you mean alpha?"),
@@ -143,7 +147,8 @@ def test_wrong_option_names_the_key_and_the_nearest(options, said, folder, capsy
         ("optim.SGD", "optim.SGDD", "torch.optim has no SGDD. Did you mean torch.optim.SGD?"),
         ("lr:", "lrr:", "model.init_args.optimizer.init_args.lrr: SGD takes no lrr. Did you mean lr?"),
         ("{path: ./weights}", "{}", "tests.dummy_system.DummyModule needs policy.path, which nothing sets"),
-        ("max_steps: 2,", "max_steps: 2", "Problems parsing config"),
+        ("max_steps: 2,", "max_steps: 2", "wrong.yaml: This is no YAML: line"),
+        ("trainer:", "trainer", "wrong.yaml: This is no YAML: line"),
     ],
 )
 def test_wrong_yaml_names_the_file_the_key_and_the_nearest(right, wrong, said, folder, capsys):
@@ -153,6 +158,7 @@ def test_wrong_yaml_names_the_file_the_key_and_the_nearest(right, wrong, said, f
     error = capsys.readouterr().err
     error = error[error.rindex("error: ") :]
     assert said in error
+    assert len(error.strip().splitlines()) == 1
     assert "wrong.yaml" in error or "needs policy.path" in error
     assert len(error) < 700
 
@@ -417,6 +423,29 @@ def test_earlier_configs_keep_their_text(tmp_path):
     for text in ("a", "b", "b", "c"):
         write_config(path, text)
     assert [path.read_text(), *(path.with_stem(f"config-{n}").read_text() for n in (1, 2))] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [
+        ("runs/align/export", "align"),
+        ("/a/runs/rlvr-2/export-best/", "rlvr-2-best"),
+        ("assets/sft", "sft"),
+        ("Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL-4B-Instruct"),
+        ("runs/exported", "exported"),
+    ],
+)
+def test_a_policy_is_called_by_its_run_and_so_is_its_evaluations_folder(policy, name):
+    assert checkpoint_name(policy) == name
+    assert default_folder("test", ["evaluate"], name) == Path(f"runs/evaluate-{name}")
+
+
+def test_a_default_folder_is_named_after_the_configs():
+    assert default_folder("fit", ["strategy/zero2", "qwen3vl-4b/sft", "qwen3vl-4b/sft-2gpus"]) == Path(
+        "runs/qwen3vl-4b/sft+sft-2gpus"
+    )
+    assert default_folder("fit", []) == Path("runs/fit")
+    assert default_folder("test", ["benchmarks", "sampling/paper"], "a/b") == Path("runs/benchmarks+paper-a-b")
 
 
 def test_ranks_agree_on_a_fresh_folder(folder, monkeypatch):

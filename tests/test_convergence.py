@@ -87,6 +87,7 @@ def test_unsettled_games_are_not_stopped(tmp_path):
         monitor = ConvergenceMonitor(window=10, patience=3, stop=True)
         assert play(tmp_path / name, monitor, perception, reasoning)[0] == 60, name
         assert monitor.settled_at is None
+        assert "health/settled_at" not in read(tmp_path / name).Tags()["scalars"]
 
 
 def test_without_stop_the_step_is_marked_and_said_once(tmp_path, caplog):
@@ -97,6 +98,7 @@ def test_without_stop_the_step_is_marked_and_said_once(tmp_path, caplog):
     said = [record.message for record in caplog.records if "has settled" in record.message]
     assert len(said) == 1
     assert "reasoning +1.500" in said[0]
+    assert scalars(read(tmp_path), "health/settled_at") == [(11, 24)]
 
 
 def test_a_step_without_a_valid_rollout_is_passed_over(tmp_path):

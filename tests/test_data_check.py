@@ -1,7 +1,9 @@
 """`data check`: every planted fault is named, and a run leaves out what it lists."""
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import datasets
 import numpy as np
@@ -13,11 +15,16 @@ from datamodules import DemonstrationsDataModule
 from datamodules.batching import Batches, plan_batches
 from prism_pl.__main__ import main
 from prism_pl.batch import Example
+from prism_pl.chat import parse, segments
 from prism_pl.data.facts import FactFinder, looks, pixel_key, question_key
 from prism_pl.data.overlap import Split, overlap
 from prism_pl.data.report import histogram
+from prism_pl.discriminator import SparseMoEDiscriminator
 from prism_pl.policy import PolicySpec
-from prism_pl.row_needs import RowNeeds
+from prism_pl.rollout import Sampling, TransformersEngine, VLLMEngine
+from prism_pl.row_needs import Lengths, RowNeeds, with_discriminator, with_engine
+from prism_pl.segments import segment_ids
+from scripts.blank_policy import ROOT
 from tests.conftest import make_examples
 from tests.file_data import RESPONSE, opened, picture, prompt, sharegpt, write_images, write_lines, write_parquet
 
@@ -104,7 +111,7 @@ def test_every_planted_fault_is_named_and_left_out_of_the_run(folder, blank_poli
         assert detail in reasons[name][1], name
         assert reason in page
     assert "| train" in page
-    assert "What the stage needs of a row: demonstration, max length 20000." in page
+    assert "What the stage needs of a row: demonstration, max length 20000, max segment 128." in page
     assert "--data.check_folder found" in page
 
     kept = opened(DemonstrationsDataModule(str(train), test=str(test), check_folder="found", batch_size=1))
@@ -154,13 +161,95 @@ def test_lengths_are_the_collators(blank_policy):
 def test_what_a_stage_needs():
     whole = Example("a", "Why?", response=RESPONSE, answers=["6"])
     bare, silent = replace(whole, response="6"), replace(whole, response=None, answers=[" "])
-    assert [RowNeeds(response=True).unmet(row, 9) for row in (whole, bare, silent)] == ["", "", "no response"]
+    nine = Lengths(4, 5)
+    assert [RowNeeds(response=True).unmet(row, nine) for row in (whole, bare, silent)] == ["", "", "no response"]
     needs = RowNeeds(demonstration=True)
-    assert [needs.unmet(row, 9) for row in (whole, bare, silent)] == [
+    assert [needs.unmet(row, nine) for row in (whole, bare, silent)] == [
         "", "malformed demonstration: <caption> is missing", "no response"
     ]  # fmt: skip
-    assert [RowNeeds(answers=True).unmet(row, 9) for row in (whole, silent)] == ["", "no answer"]
-    assert [RowNeeds(max_length=9).unmet(whole, length) for length in (9, 10)] == ["", "over 9 tokens"]
+    assert [RowNeeds(answers=True).unmet(row, nine) for row in (whole, silent)] == ["", "no answer"]
+    assert [RowNeeds(max_length=9).unmet(whole, Lengths(4, n)) for n in (5, 6)] == ["", "over 9 tokens"]
+    assert RowNeeds(max_prompt=4).unmet(whole, nine) == ""
+    assert RowNeeds(max_prompt=3).unmet(whole, nine).startswith("a prompt of over 3 tokens")
+    assert RowNeeds(max_images=0).unmet(replace(whole, images=[b""]), nine).startswith("over 0 images")
+    assert RowNeeds(max_segment=4).unmet(whole, Lengths(4, 9, 5)).startswith("a segment of over 4 tokens")
+    # The warm start samples for no row that has a rejected response.
+    spared = RowNeeds(max_prompt=3, unless_rejected=True)
+    assert [bool(spared.unmet(row, nine)) for row in (whole, replace(whole, rejected="6"))] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "max_segment", "experts"),
+    [
+        ({"path": "base", "init_heads": True}, 4096, ("perception", "reasoning")),
+        ({"path": "base", "init_heads": True, "max_segment_tokens": 9, "segments": "whole"}, 9, ("response",)),
+        ({"path": "warm"}, 128, ("perception", "reasoning")),
+        ({"path": "hub/name"}, None, ("perception", "reasoning")),
+    ],
+)
+def test_a_stage_knows_what_its_engine_and_discriminator_take(options, max_segment, experts, folder):
+    (folder / "warm").mkdir()
+    shutil.copy(ROOT / "assets" / "discriminator" / "discriminator.json", folder / "warm")
+    engine = VLLMEngine(max_model_len=100, max_images=2)
+    needs = with_engine(RowNeeds(demonstration=True), engine, Sampling(max_tokens=30))
+    needs = with_discriminator(needs, partial(SparseMoEDiscriminator, **options))
+    assert (needs.max_prompt, needs.max_images) == (70, 2)
+    assert (needs.max_segment, needs.experts) == (max_segment, experts)
+    assert with_engine(RowNeeds(), TransformersEngine(), Sampling()) == RowNeeds()
+
+
+def test_segments_are_measured_as_the_discriminator_cuts_them(blank_policy):
+    processor = PolicySpec(blank_policy).processor()
+    example = make_examples(1)[0]
+    texts = segments(parse(example.response or "")).values()
+    longest = max(len(segment_ids(processor, text)) for text in texts)
+    for most, reason in ((longest, ""), (longest - 1, f"a segment of over {longest - 1} tokens")):
+        (facts,) = FactFinder(processor, RowNeeds(demonstration=True, max_segment=most))([example])
+        assert facts.unusable.startswith(reason)
+        assert bool(facts.unusable) == bool(reason)
+
+
+def test_what_stops_alignment_is_said_and_a_long_prompt_is_left_out_where_asked_for(folder, capsys):
+    """The shipped 4B settings: 8,192 tokens of which 6,144 are the response's, prompts filtered at 2,048."""
+    picture(3, (1984, 1984)).save(folder / "images" / "big.png")
+    rows = [prompt(n) for n in range(3)]
+    rows.append(prompt(4, images=[{"bytes": (folder / "images" / "big.png").read_bytes(), "path": None}]))
+    rows.append(prompt(5, teacher_cot=f"<think>{'1 + 1 = 2. ' * 2000}</think><answer>6</answer>"))
+    write_parquet(folder / "rows.parquet", rows)
+    shutil.copytree(ROOT / "assets" / "sft", folder / "policy")
+    shutil.copytree(ROOT / "assets" / "discriminator", folder / "judge")
+    file = folder / "policy" / "preprocessor_config.json"
+    file.write_text(file.read_text().replace('"longest_edge": 262144', '"longest_edge": 16777216'))
+    said = {}
+    for limit in ("null", "2048"):
+        check = ["data", "check", "--config", "qwen3vl-4b/align.yaml", "--out", "found", "--headers_only"]
+        check += ["--model.policy.path", "policy", "--model.discriminator.init_args.path", "judge"]
+        check += ["--data.train", "rows.parquet", "--data.num_validation", "0", "--data.num_workers", "0"]
+        assert main([*check, "--data.max_prompt_tokens", limit]) == 0
+        said[limit] = capsys.readouterr().out
+    assert "1 x a prompt of over 2048 tokens, the engine's max_model_len less sampling.max_tokens" in said["null"]
+    assert "1 x a segment of over 128 tokens" in said["null"]
+    assert "A run stops at the first of the 2 training rows" in said["null"]
+    assert "1 of 5 training rows are left out by data.max_prompt_tokens." in said["2048"]
+    assert "A run stops at the first of the 1 training rows" in said["2048"]
+
+
+def test_bad_held_out_rows_are_counted_and_left_out(folder, blank_policy, capsys, caplog):
+    held_out = np.sort(np.random.default_rng(0).permutation(8)[:3])
+    rows = [sharegpt(n) for n in range(8)]
+    rows[held_out[0]]["images"] = ["images/gone.png"]
+    write_lines(folder / "rows.jsonl", rows)
+    check = ["data", "check", "--config", "sft.yaml", "--data", "datamodules.DemonstrationsDataModule"]
+    check += ["--data.train", "rows.jsonl", "--data.num_validation", "3", "--model.policy.path", blank_policy]
+    assert main([*check, "--out", "found"]) == 0
+    page = capsys.readouterr().out
+    assert "A run can use all 5 training rows." in page
+    assert "A run stops at the first of the 1 validation rows that it cannot use." in page
+    data = opened(DemonstrationsDataModule("rows.jsonl", num_validation=3, check_folder="found"))
+    with caplog.at_level("INFO"):
+        left = [row.id for batch in data.val_dataloader() for row in batch]
+    assert left == [f"rows-{n}" for n in held_out[1:]]
+    assert "Data check: 1 of 3 validation rows left out; 1 x image that cannot be used." in caplog.text
 
 
 def test_keys_tell_equal_images_and_questions():

@@ -168,6 +168,13 @@ def test_other_settings_do_not_mix_and_half_a_line_is_asked_again(tmp_path):
         list(read_journals(tmp_path, "journal.jsonl", {"teacher": "b"}))
 
 
+def test_a_line_of_a_journal_ends_where_the_file_says_so_alone(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", {})
+    entry = {"id": "a", "row": {"response": "one\u2028two\u0085three\x1c"}}
+    journal.append(entry)
+    assert list(read_journals(tmp_path, "journal.jsonl", {})) == [entry]
+
+
 def test_rows_without_an_answer_are_kept_only_where_asked_for(tmp_path):
     teacher = Client("http://127.0.0.1:9/v1", "a")
     row = Example("a", "Why?")

@@ -1,6 +1,7 @@
 """Two processes under DeepSpeed train what one process trains: every stage of ZeRO, alone and mixed, and DDP."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,17 @@ def test_mixed_stages_train_what_one_process_trains(told_of):
     told = told_of(2, optimizer="AdamW", **MIXED)
     assert_same_training(told, told_of(1, optimizer="AdamW"), **tolerances("AdamW"))
     assert_exported(told["folder"], told["weights"])
+    assert_built_sharded(told, ["policy"])
+    held, whole = told["built"]["discriminator"]
+    assert held == whole
+
+
+def assert_built_sharded(told, names: list[str]) -> None:
+    """Each of two ranks held half of the weights before there was an engine, but for a few heads."""
+    for name in names:
+        held, whole = told["built"][name]
+        assert whole > 10**6
+        assert held < 0.51 * whole
 
 
 def assert_exported(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -78,6 +90,16 @@ def test_a_group_on_two_ranks_is_the_group_of_one_process(told_of, module, stage
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, "ddp_find_unused_parameters_true"])
+def test_ranks_refill_and_train_together(told_of, stage):
+    # One prompt a rank: in the second batch one rank has a group to train on and the other none.
+    told = told_of(2, stage="rlvr", strategy=stage, extra={"dynamic_sampling": True}, stop_after=3)
+    assert ["rlvr/policy_loss" in step for step in told["steps"]] == [True, False, True]
+    assert [step.get("rlvr/refills") for step in told["steps"]] == [0, None, 1]
+    assert [step.get("rlvr/shortfall") for step in told["steps"]] == [0, None, 0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_steps_on_float32_master_weights(told_of, stage):
     told = told_of(2, strategy=stage, precision="bf16-mixed", optimizer="AdamW")
@@ -85,11 +107,30 @@ def test_bf16_steps_on_float32_master_weights(told_of, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("option", ["park_optimizer_states", "offload_optimizer"])
-def test_states_that_lie_elsewhere_between_steps_step_alike(told_of, stage, option):
-    told = told_of(2, strategy=stage, optimizer="AdamW", options={option: True})
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        *((stage, {"park_optimizer_states": True}) for stage in (0, 1, 2, 3)),
+        *((stage, {"offload_optimizer": True}) for stage in (2, 3)),
+        (2, {"park_optimizer_states": True, "offload_optimizer": True}),
+        (3, {"park_optimizer_states": True, "offload_params": True}),
+    ],
+)
+def test_states_that_lie_elsewhere_between_steps_step_alike(told_of, stage, options):
+    told = told_of(2, strategy=stage, optimizer="AdamW", options=options)
     assert_same_training(told, told_of(1, optimizer="AdamW"), **tolerances("AdamW"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_parked_masters_of_bf16_weights_are_stepped_and_saved_as_others_are(ranks, told_of, tmp_path, stage):
+    options: dict[str, Any] = {"strategy": stage, "precision": "bf16-mixed", "optimizer": "AdamW"}
+    parked = options | {"options": {"park_optimizer_states": True}, "saved": True}
+    expected = told_of(2, **options)
+    ranks(tmp_path, 2, **parked, stop_after=2)
+    told = ranks(tmp_path, 2, **parked, ckpt="last")
+    for name, wanted in expected["weights"].items():
+        assert torch.equal(told["weights"][name], wanted), name
 
 
 @pytest.mark.slow
@@ -97,6 +138,17 @@ def test_states_that_lie_elsewhere_between_steps_step_alike(told_of, stage, opti
 def test_ranks_that_route_to_other_experts_train_what_one_process_trains(told_of, stage):
     told = told_of(2, strategy=stage, sparse=True)
     assert_same_training(told, told_of(1, sparse=True), **tolerances("SGD"))
+    if stage == 3:
+        assert_built_sharded(told, ["policy", "discriminator"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_with_one_sequence_to_score_keeps_step(told_of, stage):
+    # In the second step all of one rank's rollouts are malformed: the demonstration is left, and pieces without a row.
+    options = {"whole": True, "extra": {"micro_batch_tokens": 150}}
+    told = told_of(2, strategy=stage, **options)
+    assert_same_training(told, told_of(1, **options), **tolerances("SGD"))
 
 
 @pytest.mark.slow
@@ -146,5 +198,17 @@ def test_ranks_sample_from_the_policy_as_it_is(ranks, tmp_path, stage):
     # Each token of a sharded policy gathers its weights; ranks differ in when their rollouts end. The probe after each
     # step compares the engine with the trainer.
     extra = {"num_rollouts": 2}
-    told = ranks(tmp_path, 2, strategy=stage, sampled=True, extra=extra)
+    told = ranks(tmp_path, 2, strategy=stage, sampled="transformers", extra=extra)
     assert len(told["steps"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_engine_of_vllm_on_each_rank_gets_the_weights_that_engines_of_deepspeed_train(ranks, tmp_path, stage):
+    pytest.importorskip("vllm")
+    told = ranks(tmp_path, 2, strategy=stage, sampled="vllm", extra={"num_rollouts": 2}, stop_after=2)
+    assert len(told["steps"]) == 2
+    for step in told["steps"]:
+        # Sampler against trainer, after the step's weights were sent.
+        assert step["rollout/probe_difference"] < 1e-3
+        assert step["grad_norm/policy" if "grad_norm/policy" in step else "align/grad_norm/policy"] > 0

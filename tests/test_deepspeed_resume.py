@@ -41,6 +41,17 @@ def assert_whole_folder(last: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["rank-1.ckpt", "optim_states"])
+def test_a_full_disk_on_one_rank_is_an_error_on_all_and_they_do_not_wait(ranks, tmp_path, part):
+    started = time.time()
+    codes, screen = ranks.codes(tmp_path, 2, strategy=2, saved=True, full_disk=(1, part), **ADAM)
+    assert codes == [1, 1]
+    assert time.time() - started < 300  # the group's time-out is 30 minutes
+    assert screen.count("could not be written (No space left on device)") >= 2
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(ranks, told_of, tmp_path, stage, before, after):
@@ -75,6 +86,21 @@ def test_another_strategy_goes_on_with_the_networks_alone(ranks, told_of, tmp_pa
     for num_ranks, options in ((1, {}), (2, {"strategy": 0})):
         told = ranks(tmp_path / f"on-{num_ranks}", num_ranks, ckpt=last, weights_only=True, **options)
         assert_goes_on(told, told_of(1), weights=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_master_weights_start_from_the_float32_ones_and_not_from_their_rounding(ranks, told_of, tmp_path, stage):
+    # Upcycled experts with noise and fresh heads, which bf16 rounds; steps of no size; read back in float32.
+    options = {"sparse": True, "optimizer": "still"}
+    ranks(tmp_path, 2, strategy=stage, precision="bf16-mixed", saved=True, stop_after=1, **options)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    told, expected = ranks(tmp_path / "one", 1, ckpt=last, weights_only=True, **options), told_of(1, **options)
+    rounded = [name for name, weight in expected["weights"].items() if not torch.equal(weight.bfloat16(), weight)]
+    assert any("heads" in name for name in rounded)
+    assert any("experts" in name for name in rounded)
+    for name, weight in expected["weights"].items():
+        assert torch.equal(told["weights"][name], weight), name
 
 
 @pytest.mark.slow

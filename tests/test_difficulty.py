@@ -178,6 +178,12 @@ def test_a_malformed_line_is_named(tmp_path, line, says):
         read_pass_rates(file)
 
 
+def test_an_id_may_hold_the_end_of_a_line_of_another_alphabet(tmp_path):
+    file = tmp_path / "rates.jsonl"
+    file.write_text('{"id": "a\u2028b", "pass_rate": 0.5}\n')
+    assert read_pass_rates(file) == {"a\u2028b": 0.5}
+
+
 def test_a_missing_and_an_empty_file_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*gone\.jsonl.*python -m prism_pl predict"):
         read_pass_rates(tmp_path / "gone.jsonl")

@@ -1,12 +1,15 @@
 """Each kind of discriminator: how it grows from a dense policy, what its experts see, its folder."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from lightning import LightningModule
 from safetensors.torch import load_file, save_file
 
+from callbacks.discriminator_health import parameters_by_expert
 from prism_pl.chat import parse, render, segments
 from prism_pl.discriminator import (
     DedicatedMoEDiscriminator,
@@ -15,7 +18,10 @@ from prism_pl.discriminator import (
     SparseMoEDiscriminator,
     TextOnlyDiscriminator,
     TextOnlySparseMoEDiscriminator,
+    dedicated,
     score_texts,
+    sparse,
+    upcycling,
 )
 from prism_pl.discriminator.upcycling import upcycle
 from prism_pl.policy import load_safetensors
@@ -75,6 +81,17 @@ def test_a_kind_saves_and_loads_to_the_same_scores_and_refuses_another_kind(rand
 
 
 @all_kinds
+def test_every_parameter_of_a_kind_is_in_one_of_the_panels_gradient_norms(random_policy, kind, options):
+    judge = build(kind, random_policy, **options)
+    module = LightningModule()
+    module.discriminator = judge
+    found = parameters_by_expert(module)
+    assert sum(len(each) for each in found.values()) == len(list(judge.parameters()))
+    own = kind in (DedicatedMoEDiscriminator, TextOnlyDiscriminator) or options.get("heads") == "per_expert"
+    assert set(found) == ({"shared", "perception", "reasoning"} if own else {"shared"})
+
+
+@all_kinds
 def test_missing_and_misshapen_weights_are_never_random(random_policy, tmp_path, kind, options):
     build(kind, random_policy, **options).save(tmp_path / "d")
     file = tmp_path / "d" / "model.safetensors"
@@ -98,7 +115,35 @@ def dense(random_policy) -> Any:
 def upcycled(dense: Any, noise_std: float, num_experts: int = 4) -> Any:
     torch.manual_seed(0)
     options = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
-    return upcycle(dense, num_experts, 2, noise_std, **options)
+    return upcycle(dense.config, lambda: dense, num_experts, 2, noise_std, **options)
+
+
+@pytest.mark.parametrize("kind", [SparseMoEDiscriminator, DedicatedMoEDiscriminator])
+def test_at_zero_3_a_rank_that_gets_its_shards_from_the_first_loads_no_dense_model(random_policy, monkeypatch, kind):
+    # As `build_sharded` acts on another rank than the first: the weights are never asked for.
+    asked_for: list[Any] = []
+    monkeypatch.setattr(upcycling, "builds_sharded", lambda: True)
+    monkeypatch.setattr(
+        upcycling, "build_sharded", lambda kind, config, weights, **options: kind._from_config(config, **options)
+    )
+    for module in (sparse, dedicated):
+        monkeypatch.setattr(module, "load_safetensors", lambda *_: asked_for.append(1))
+    torch.manual_seed(0)
+    there = kind(random_policy, init_heads=True).model.state_dict()
+    assert asked_for == []
+    monkeypatch.undo()
+    here = kind(random_policy, init_heads=True).model.state_dict()
+    assert {name: weight.shape for name, weight in there.items()} == {n: weight.shape for n, weight in here.items()}
+
+
+def test_upcycling_leaves_the_generator_alike_whoever_makes_the_weights(dense, monkeypatch):
+    after = []
+    for makes in (True, False):
+        if not makes:
+            monkeypatch.setattr(upcycling, "from_weights", lambda *_, **options: None)
+        upcycled(dense, 0.01)
+        after.append(torch.rand(1))
+    assert after[0] == after[1]
 
 
 def test_upcycled_without_noise_the_forward_pass_is_the_dense_one(random_policy, dense):
@@ -121,16 +166,16 @@ def test_upcycling_copies_every_mlp_with_noise_and_draws_a_router(dense):
         "model_type": ""
     }
     routers = []
-    for sparse, layer in zip(moe.language_model.layers, dense.language_model.layers, strict=True):
+    for grown, layer in zip(moe.language_model.layers, dense.language_model.layers, strict=True):
         gate_up = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
         for noise in (
-            sparse.mlp.experts.gate_up_proj - gate_up,
-            sparse.mlp.experts.down_proj - layer.mlp.down_proj.weight,
+            grown.mlp.experts.gate_up_proj - gate_up,
+            grown.mlp.experts.down_proj - layer.mlp.down_proj.weight,
         ):
             assert noise.detach().std() == pytest.approx(0.01, rel=0.05)
             assert float((noise[0] - noise[1]).detach().abs().max()) > 0.01
-        routers.append(sparse.mlp.gate.weight)
-        assert torch.equal(sparse.self_attn.q_proj.weight, layer.self_attn.q_proj.weight)
+        routers.append(grown.mlp.gate.weight)
+        assert torch.equal(grown.self_attn.q_proj.weight, layer.self_attn.q_proj.weight)
     assert torch.cat(routers).detach().std() == pytest.approx(0.02, rel=0.1)
     assert torch.equal(moe.visual.merger.linear_fc1.weight, dense.visual.merger.linear_fc1.weight)
 
@@ -160,6 +205,36 @@ def test_a_captions_loss_gives_the_reasoning_expert_no_gradient(random_policy):
             largest = {n: float(p.grad.abs().max()) for n, p in judge.named_parameters()}
             assert {n for n, size in largest.items() if size == 0} == {n for n in largest if f".{silent}." in n}
             assert sum(f".{silent}." in n for n in largest) == 4 * 3 + 1  # three weights a layer and a head
+
+
+def test_a_rank_with_one_sequence_computes_its_pieces_again_as_the_others_do(random_policy, monkeypatch):
+    # The other of two ranks has two pieces; here the second holds no row. At ZeRO-3 each pass gathers weights.
+    monkeypatch.setattr("prism_pl.batch.world_size", lambda: 2)
+    monkeypatch.setattr("prism_pl.batch.global_max", lambda own: torch.full_like(own, 2))
+    judge = build(DenseDiscriminator, random_policy, segments="whole", dropout=0.0)
+    passes = []
+    judge.register_forward_pre_hook(lambda *_: passes.append(1))
+    for micro_batch_tokens, expected in ((300, (2, 4)), (None, (1, 1))):
+        passes.clear()
+        scores = scores_of(judge, [DEMONSTRATION], training=True, micro_batch_tokens=micro_batch_tokens)
+        forward = len(passes)
+        stacked(scores).sum().backward()
+        assert (forward, len(passes)) == expected
+
+
+@all_kinds
+def test_a_micro_batch_of_one_segment_kind_touches_every_expert(random_policy, kind, options):
+    """As on a rank whose piece holds captions alone: a parameter without a gradient there would stop the others."""
+    judge = build(kind, random_policy, **options)
+    seen = []
+    judge.register_forward_pre_hook(lambda _, args: seen.append(args))
+    scores_of(judge)
+    sequences, expert_N = seen[0]
+    for expert in range(len(judge.experts)):
+        judge.zero_grad()
+        rows = (expert_N == expert).nonzero().squeeze(1)
+        judge(sequences.select(rows), expert_N[rows]).scores_N.sum().backward()
+        assert without_gradient(judge) == []
 
 
 def test_experts_start_as_the_dense_mlps_and_part_ways(random_policy):
@@ -202,6 +277,9 @@ def test_the_text_only_kind_sees_no_image(random_policy):
     assert torch.equal(scores[:, 0], scores[:, 1])
     assert prompts[0].ids.count(judge.processor.image_token_id) == 0
     assert not any(p.requires_grad for p in judge.model.visual.parameters())
+    # A mark of where an image stands goes with it.
+    marked = replace(one, question=f"<image>{one.question}")
+    assert judge.processor.prompt(marked).ids == prompts[0].ids
     # The collator must not give it the policy's prompts.
     processor = Processor.from_path(random_policy)
     assert not same_encoding(processor, judge.processor)
@@ -220,6 +298,20 @@ def test_what_the_warm_start_read_is_what_is_read_later(random_policy, tmp_path)
     for name, value, held in (("max_pixels", 9999, 4096), ("max_segment_tokens", 99, 150), ("likelihood_weight", 1, 0)):
         with pytest.raises(ValueError, match=rf"{name} is {value}, and '.*' was warm-started with {held}"):
             kind(path, **{name: value})
+
+
+def test_numbers_of_an_upcycling_that_is_done_are_not_taken_in_silence(random_policy, tmp_path):
+    build(SparseMoEDiscriminator, random_policy, num_experts=3).save(tmp_path / "d")
+    path, kind = str(tmp_path / "d"), SparseMoEDiscriminator
+    refused = {
+        "num_experts": (8, "num_experts is 8, and '.*' was warm-started with 3: leave num_experts out"),
+        "top_k": (1, "top_k is 1, and '.*' was warm-started with 2"),
+        "noise_std": (0.01, "noise_std is 0.01, and '.*' is warm-started, its noise long drawn: leave noise_std out"),
+    }
+    for name, (value, message) in refused.items():
+        with pytest.raises(ValueError, match=message):
+            kind(path, **{name: value})  # pyright: ignore[reportArgumentType]
+    assert kind(path, num_experts=3, top_k=2).model.config.text_config.num_experts == 3
 
 
 def test_a_folder_of_an_older_format_says_so(random_policy, tmp_path):

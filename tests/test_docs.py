@@ -14,6 +14,7 @@ from prism_pl.pipeline.graph import build_graph
 from prism_pl.pipeline.schema import load_pipeline
 from prism_pl.push import make_parser as push_parser
 from prism_pl.report.command import make_parser as report_parser
+from tests.told_commands import of_lightning, read_by, written_by
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -25,10 +26,15 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
+def commands_of(page: Path) -> list[str]:
+    """The commands of a page, as one line each."""
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python -m prism_pl")]
+
+
 def commands() -> list[str]:
-    """Every command of the pages, as one line each; of equal ones the first."""
-    lines = [line for page in WRITTEN for block in blocks(page, "bash") for line in block.splitlines()]
-    return list(dict.fromkeys(line for line in lines if line.startswith("python -m prism_pl")))
+    """Every command of the pages; of equal ones the first."""
+    return list(dict.fromkeys(command for page in WRITTEN for command in commands_of(page)))
 
 
 @pytest.fixture
@@ -46,8 +52,25 @@ def here(tmp_path, monkeypatch):
     sys.modules.pop("my_parts", None)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "qwen3vl-8b" not in c])
-def test_every_command_parses(command, here, capsys):
+def test_the_commands_of_stages_work_in_the_order_of_their_page(here, capsys, monkeypatch):
+    """And what they read of a run is what some page's command writes."""
+    written, read = set(), set()
+    for page in WRITTEN:
+        folder = here / page.stem
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        for file in here.glob("my_*"):
+            (folder / file.name).write_text(file.read_text())
+        (folder / "adapters.yaml").write_text((here / "adapters.yaml").read_text())
+        stages = [c for c in commands_of(page) if of_lightning(c) and "qwen3vl-8b" not in c]
+        written |= set(written_by(stages, capsys))
+        read |= {run for command in commands_of(page) for run in read_by(command)}
+    assert "runs/rlvr+my_data" in read
+    assert read <= written
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not of_lightning(c)])
+def test_every_other_command_parses(command, here, capsys):
     args = shlex.split(command)[3:]
     if args[0] == "report":
         assert report_parser().parse_args(args[1:]).runs

@@ -1,12 +1,16 @@
 """Dynamic sampling: what is trained on, what a shortfall does, and going on while the buffer waits."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
 
 from modules.rlvr import RLVRModule
+from prism_pl.groups import Group, GroupBuffer
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.updates import KLPenalty
 from tests.conftest import make_examples
@@ -118,3 +122,34 @@ def test_a_run_stops_at_max_steps_in_the_middle_of_a_batch_too(random_policy, tm
     module = make(random_policy, [R, W], updates_per_batch=2)
     trainer, _ = fit(module, Rows(make_examples(4)), tmp_path, max_steps=max_steps)
     assert trainer.global_step == max_steps
+
+
+def test_two_ranks_wait_train_and_fall_short_together(monkeypatch):
+    # What each rank finds worth training on, batch by batch; two groups are wanted, at most two refills.
+    counts = ([2, 0, 1, 3, 0, 0, 0], [1, 1, 2, 0, 1, 1, 3])
+    meeting, own = Barrier(2, timeout=20), threading.local()
+    met: list[Any] = [None, None]
+
+    def smallest(value: torch.Tensor) -> torch.Tensor:
+        met[own.rank] = value
+        meeting.wait()
+        result = torch.minimum(*met)
+        meeting.wait()
+        return result
+
+    monkeypatch.setattr("prism_pl.groups.global_min", smallest)
+
+    def decisions(rank: int) -> list[Any]:
+        own.rank, buffer = rank, GroupBuffer(max_refills=2)
+        told = []
+        for count in counts[rank]:
+            buffer.add([Group(None, [], torch.zeros(1))] * count)  # type: ignore[arg-type]
+            draw = buffer.take(2, torch.device("cpu"))
+            told.append(None if draw is None else (len(draw.groups), draw.refills, draw.shortfall))
+        return told
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(decisions, range(2))
+    # Held together: min(2, 1) = 1, min(2, 2) = 2; then anew min(1, 2) = 1, min(4, 2) = 2; then nothing,
+    # though the second rank has 1, 2 and 5 groups: without refills left no step is taken.
+    assert first == second == [None, (2, 1, 0), None, (2, 1, 0), None, None, (0, 2, 2)]

@@ -25,11 +25,16 @@ def folder(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
     write_images(tmp_path, 1)
     write_lines(tmp_path / "rows.jsonl", [sharegpt(0) for _ in range(NUM_ROWS)])
-    facts = [Facts(f"rows-{n}", prompt_tokens=int(length)) for n, length in enumerate(lengths())]
-    facts[7].unusable = "no response"
     (tmp_path / "check").mkdir()
-    write(tmp_path / "check", Split("train", facts), opened(DemonstrationsDataModule("rows.jsonl")))
+    check(tmp_path / "check", left_out=[7])
     return tmp_path
+
+
+def check(folder, left_out, longer=0):
+    facts = [Facts(f"rows-{n}", prompt_tokens=int(length) + longer) for n, length in enumerate(lengths())]
+    for row in left_out:
+        facts[row].unusable = "no response"
+    write(folder, Split("train", facts), opened(DemonstrationsDataModule("rows.jsonl")))
 
 
 def lengths():
@@ -97,6 +102,27 @@ def test_a_run_on_files_that_were_changed_meanwhile_is_refused(folder):
             DemonstrationsDataModule("rows.jsonl", **options),
             ckpt_path=str(folder / "run" / "step=2.ckpt"),
         )
+
+
+def test_a_check_that_was_made_anew_meanwhile_is_refused(folder):
+    def in_order():
+        return DemonstrationsDataModule("rows.jsonl", check_folder="check")
+
+    state, plain = opened(data("tokens")).state_dict(), opened(in_order()).state_dict()
+    opened(data("tokens")).load_state_dict(state)
+    check(folder / "check", left_out=[8])  # as many rows, not the same ones
+    for kept, module in ((state, data("tokens")), (plain, in_order())):
+        with pytest.raises(ValueError, match=r"began with 59 rows, and data.check_folder check now leaves 59, not the"):
+            opened(module).load_state_dict(kept)
+    check(folder / "check", left_out=[7, 8])
+    with pytest.raises(ValueError, match=r"check now leaves 58, not the same ones .* start anew with --fresh"):
+        opened(data("tokens")).load_state_dict(state)
+    check(folder / "check", left_out=[7], longer=1)
+    opened(in_order()).load_state_dict(plain)  # lengths make no batches there
+    with pytest.raises(ValueError, match="batches of the same lengths"):
+        opened(data("tokens")).load_state_dict(state)
+    with pytest.raises(ValueError, match="and this data now leaves 60"):
+        opened(DemonstrationsDataModule("rows.jsonl")).load_state_dict(plain)
 
 
 def test_lengths_are_asked_for():

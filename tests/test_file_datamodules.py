@@ -9,11 +9,13 @@ import datasets
 import pytest
 
 from datamodules import DemonstrationsDataModule, PairsDataModule, PromptsDataModule
+from datamodules.prompt_lengths import short_enough
 from datamodules.sources import Source
 from prism_pl.bad_rows import BadRow
 from prism_pl.chat import SYSTEM_PROMPT, parse
 from prism_pl.errors import report
 from prism_pl.images import open_image
+from prism_pl.policy import PolicySpec
 from tests.file_data import (
     RESPONSE,
     WORSE,
@@ -269,6 +271,33 @@ def test_held_out_rows_are_the_same_ones_each_time_and_never_trained_on(folder):
         opened(DemonstrationsDataModule(str(file), num_validation=20))
 
 
+def test_long_prompts_are_left_out_and_counted(folder, blank_policy, caplog):
+    processor = PolicySpec(blank_policy).processor()
+    rows = [sharegpt(n, images=["images/0.png"]) for n in range(6)]
+    for number in (1, 4):
+        rows[number]["messages"][0]["content"] += " Look closely." * 100
+    rows[5] = "{"  # what cannot be read is left to the loader, which names it
+    file = str(write_lines(folder / "rows.jsonl", rows))
+    longest = max(processor.prompt_length(row) for row in rows_of(DemonstrationsDataModule(file, num_rows=1)))
+    data = opened(DemonstrationsDataModule(file, num_validation=2, max_prompt_tokens=longest), Rows())
+    data.trainer.lightning_module.processor = processor
+    assert len([row for batch in data.predict_dataloader() for row in batch]) == 4, "a check reads all rows"
+    data.trainer.lightning_module.collator = list
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    assert f"Prompts over {longest} tokens:" in caplog.text
+    long = {"rows-1", "rows-4"}
+    trained = {data.train_rows[n].id for n in range(len(data.train_rows))}
+    validated = {row.id for row in data.val_dataloader().dataset}
+    held_out = {f"rows-{n}" for n in data._held_out}
+    assert validated == held_out - long
+    assert trained == {f"rows-{n}" for n in range(6)} - held_out - long
+    with pytest.raises(ValueError, match=r"max_prompt_tokens is 3, and each of \d training rows has a longer prompt"):
+        short_enough(data._rows["train"], [0, 1], 3, processor, "training")
+    with pytest.raises(ValueError, match="max_prompt_tokens is 0"):
+        DemonstrationsDataModule(file, max_prompt_tokens=0)
+
+
 def test_other_rows_under_a_checkpoint_are_refused(folder):
     file = write_lines(folder / "rows.jsonl", [sharegpt(0), sharegpt(1)])
     state = opened(DemonstrationsDataModule(str(file))).state_dict()
@@ -302,6 +331,10 @@ BAD_ROWS = {
     "a number": (sharegpt(images=[7]), "an image is 7: give a path or the file's bytes"),
     "on the web": (sharegpt(images=["https://x.org/a.png"]), "is on the web: download it"),
     "no base64": (sharegpt(images=["data:image/png;base64,@"]), "a data URI that is no base64"),
+    "half a character": (
+        json.dumps(sharegpt()).replace("the area", "the \\ud83d area"),
+        r"a text holds \ud83d, half of a character: write the character whole",
+    ),
     "a long answer": (sharegpt(answers=["9" * 1_000_000]), "an answer has 1,000,000 characters: at most 4,096"),
 }
 

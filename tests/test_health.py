@@ -161,6 +161,28 @@ def test_without_forgetting_the_regression_is_the_ridge_solution_of_all_batches(
     torch.testing.assert_close(model.weights_K, expected)
 
 
+def test_what_is_forgotten_gives_way_to_the_prior():
+    """Precision 0.5 around 0, one look at (1, 1): the weight is 1 / 1.5. n batches without evidence later the look
+    weighs 0.9^n and the prior what it did, so that the weight is 0.9^n / (0.9^n + 0.5)."""
+    model = OnlineRegression(1, "identity", keep=0.9, ridge=0.5)
+    one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(0, 1, dtype=torch.float64)
+    model.learn(one, one[0])
+    for n in range(200):
+        assert model.weights_K.item() == pytest.approx(0.9**n / (0.9**n + 0.5))
+        model.learn(none, none[:, 0])
+    assert abs(model.weights_K.item()) < 1e-8
+
+
+def test_with_forgetting_the_regression_is_the_weighted_ridge_solution():
+    x_BNK, y_BN = torch.randn(6, 5, 3, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    model = OnlineRegression(3, "identity", keep=0.8, ridge=0.5)
+    precision_KK, evidence_K = 0.5 * torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for age, (x_NK, y_N) in zip(range(5, -1, -1), zip(x_BNK, y_BN, strict=True), strict=True):
+        model.learn(x_NK, y_N)
+        precision_KK, evidence_K = precision_KK + 0.8**age * x_NK.T @ x_NK, evidence_K + 0.8**age * x_NK.T @ y_N
+    torch.testing.assert_close(model.weights_K, torch.linalg.solve(precision_KK, evidence_K))
+
+
 def test_the_logistic_regression_comes_to_sklearns_solution_and_follows_a_change():
     from sklearn.linear_model import LogisticRegression
 
@@ -221,13 +243,15 @@ class Playing(Stage):
     def __init__(self, game: Game) -> None:
         super().__init__()
         self.game = game
-        self.discriminator = torch.nn.ModuleDict({"perception": torch.nn.Linear(3, 1, bias=False)})
+        self.discriminator = torch.nn.ModuleDict(
+            {"perception": torch.nn.Linear(3, 1, bias=False), "trunk": torch.nn.Linear(1, 2, bias=False)}
+        )
 
     def training_step(self, batch, batch_idx):
         self.discriminator.zero_grad()
-        # Gradients (3, 0, 4): a norm of 5.
-        weight = self.discriminator["perception"].weight
-        self.manual_backward((weight * torch.tensor([[3.0, 0.0, 4.0]])).sum())
+        # Gradients (3, 0, 4) of the expert's own, a norm of 5, and (5, 12) of the rest, a norm of 13.
+        own, rest = self.discriminator["perception"].weight, self.discriminator["trunk"].weight
+        self.manual_backward((own * torch.tensor([3.0, 0.0, 4.0])).sum() + (rest.T * torch.tensor([5.0, 12.0])).sum())
         return self.game.step()
 
 
@@ -242,6 +266,7 @@ def test_the_panel_is_logged_and_warns_once_with_the_numbers(tmp_path):
     assert [step for step, _ in scalars(events, "health/style/perception/length")] == list(range(7, 12))
     assert scalars(events, "health/style/perception/length")[-1][1] == 1
     assert scalars(events, "health/grad_norm/perception")[0][1] == pytest.approx(5)
+    assert scalars(events, "health/grad_norm/shared")[0][1] == pytest.approx(13)
     assert scalars(events, "health/saturated_scores/perception")[0][1] == 0
     assert [event.step for event in events.Histograms("health/margin/perception")] == [0, 5, 10]
     assert events.Histograms("health/margin/perception")[0].histogram_value.num == 16

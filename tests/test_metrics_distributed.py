@@ -11,7 +11,7 @@ from torch.multiprocessing.spawn import start_processes
 from torchmetrics import Metric
 
 from prism_pl.chat import render
-from prism_pl.governor import pair_accuracy
+from prism_pl.governor import pair_accuracies
 from prism_pl.health.panel import ExpertPanel, Judged, joined, judged
 from prism_pl.metrics import (
     BootstrapMean,
@@ -115,10 +115,12 @@ def panel_numbers(rows: slice) -> dict[str, float]:
     return numbers
 
 
-def governed_accuracy(rows: slice) -> float:
-    """What a governor decides by, of these pairs and other ranks': a win, a loss, a tie, three wins."""
-    demonstrations, rollouts = torch.tensor([1.0, 0, 1, 2, 2, 2]), torch.tensor([0.0, 1, 1, 1, 1, 1])
-    return pair_accuracy({"one": demonstrations[rows]}, {"one": rollouts[rows]}, torch.ones(6, dtype=torch.bool)[rows])
+def governed_accuracies(rows: slice) -> dict[str, float]:
+    """What a governor decides by, of these pairs and other ranks': a win, a loss, a tie, three wins; and the other way
+    round."""
+    demonstrations, rollouts = torch.tensor([1.0, 0, 1, 2, 2, 2])[rows], torch.tensor([0.0, 1, 1, 1, 1, 1])[rows]
+    sides = {"one": demonstrations, "other": rollouts}, {"one": rollouts, "other": demonstrations}
+    return pair_accuracies(*sides, torch.ones(6, dtype=torch.bool)[rows])
 
 
 def _run_rank(rank: int, folder: str) -> None:
@@ -129,7 +131,7 @@ def _run_rank(rank: int, folder: str) -> None:
     update(idle, range(NUM_PROMPTS) if rank == 1 else range(0))
     panel = panel_numbers(slice(0, 3) if rank == 0 else slice(3, None))
     results = {"uneven": compute(uneven), "idle": compute(idle), "panel": panel}
-    results["accuracy"] = governed_accuracy(slice(0, 2) if rank == 0 else slice(2, None))
+    results["accuracy"] = governed_accuracies(slice(0, 2) if rank == 0 else slice(2, None))
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     distributed.destroy_process_group()
 
@@ -144,5 +146,5 @@ def test_two_processes_equal_one_with_uneven_shares_and_with_an_idle_rank(tmp_pa
         results = torch.load(tmp_path / f"rank{rank}.pt")
         assert_same(results["uneven"])
         assert_same(results["idle"])
-        assert results["accuracy"] == governed_accuracy(slice(None)) == 4.5 / 6
+        assert results["accuracy"] == governed_accuracies(slice(None)) == {"one": 4.5 / 6, "other": 1.5 / 6}
         assert results["panel"] == pytest.approx(expected, rel=1e-9)

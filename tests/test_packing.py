@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prism_pl.batch import SequenceBatch
+from prism_pl.batch import SequenceBatch, micro_batches
 from prism_pl.discriminator import (
     DedicatedMoEDiscriminator,
     DenseDiscriminator,
@@ -18,7 +18,7 @@ from prism_pl.packing import packed_layout, padded_layout
 from prism_pl.processor import Processor
 from prism_pl.segments import segment_ids
 from tests.conftest import make_examples
-from tests.test_discriminator_kinds import build
+from tests.test_discriminator_kinds import build, scores_of, stacked
 
 TEXTS = ["<caption> red 3 </caption>", "<think> 1. it is 3\n2. 3 + 7 = 10 </think>", "<think> 3 </think>", "red"]
 CHOSEN = [(0, 0, 0), (0, 1, 1), (0, 1, 1), (1, 0, 0), (0, 0, 3), (1, 1, 2), (2, 1, 0)]  # prompt, expert, text
@@ -89,6 +89,54 @@ def test_packed_equals_one_by_one_and_identical_texts_have_no_gap(random_policy,
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-3)
     assert float(results[0][0].std()) > 1e-3
+
+
+def planned(segments: dict[tuple[int, int], list[int]], prompts: list[int]) -> tuple[SequenceBatch, torch.Tensor]:
+    """A batch by lengths alone: (prompt, expert) -> its segments' lengths."""
+    rows = [(p, e, length) for (p, e), lengths in segments.items() for length in lengths]
+    lengths_B = torch.tensor([prompts[p] + length for p, _, length in rows])
+    first_B1 = torch.tensor([[prompts[p]] for p, _, _ in rows])
+    ids_BS = torch.zeros(len(rows), int(lengths_B.max()), dtype=torch.long)
+    nothing = torch.zeros(0, 3, dtype=torch.long)
+    batch = SequenceBatch(
+        ids_BS, ids_BS.expand(3, -1, -1), lengths_B, first_B1, first_B1 > 0, nothing.float(), nothing, nothing[:, 0],
+        [0] * len(rows), torch.tensor([p for p, _, _ in rows]), [str(p) for p, _, _ in rows],
+    )  # fmt: skip
+    return batch, torch.tensor([e for _, e, _ in rows])
+
+
+def test_a_packed_piece_counts_a_shared_prompt_once():
+    """One prompt of 1200 tokens and nine responses with segments of 300 and 900: 1200 + 9 x 1200 = 12,000 in a row,
+    and with a prompt for each expert 13,200; padded 18 x 2100."""
+    batch, expert_N = planned({(0, 0): [300] * 9, (0, 1): [900] * 9}, [1200])
+    by_expert = batch.prompt_of_B * 2 + expert_N
+    assert packed_layout(batch, batch.prompt_of_B).shape == (1, 12_000)
+    assert packed_layout(batch, by_expert).shape == (1, 13_200)
+    for shared_B, fits in ((batch.prompt_of_B, 12_000), (by_expert, 13_200), (None, 37_800)):
+        assert len(list(micro_batches(batch, fits, shared_B))) == 1
+        assert len(list(micro_batches(batch, fits - 1, shared_B))) == 2
+    # Cut, each piece is as long a row as may be, and every sequence is in one.
+    batch, expert_N = planned({(p, e): [50, 40, 30] for p in range(3) for e in (0, 1)}, [200, 100, 300])
+    shared_B = batch.prompt_of_B * 2 + expert_N
+    pieces = list(micro_batches(batch, 500, shared_B))
+    sizes = [packed_layout(piece, shared_B[rows]).shape[1] for rows, piece in pieces]
+    # Each expert's three segments are 120 tokens; longest prompt first: 300 + 120, again, 200 + 120, then 200 + 120 and
+    # the first of the next prompt, 100 + 50, then its rest, 100 + 70, and 100 + 120.
+    assert sizes == [420, 420, 320, 470, 390]
+    assert sorted(torch.cat([rows for rows, _ in pieces]).tolist()) == list(range(len(batch)))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_scores_are_cut_by_what_a_pass_runs(random_policy, packed):
+    judge = build(SparseMoEDiscriminator, random_policy, packed=packed)
+    passes = []
+    judge.register_forward_pre_hook(lambda _, args: passes.append(args[0]))
+    whole = stacked(scores_of(judge))
+    (batch,) = passes
+    row = packed_layout(batch, batch.prompt_of_B).shape[1]
+    again = stacked(scores_of(judge, micro_batch_tokens=row))
+    assert (len(passes) == 2) is packed
+    torch.testing.assert_close(again, whole, atol=1e-5, rtol=0)
 
 
 def test_the_vision_tower_runs_once_an_image(random_policy):

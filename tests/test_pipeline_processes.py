@@ -245,3 +245,61 @@ def test_a_tiny_pipeline_from_the_base_policy_to_the_report(folder):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "rlvr: model.init_args.optimizer.init_args.lr: 0.0002 -> 1e-05" in errors
+
+
+# Every stage of the method, each training on two processes, with vLLM where it is installed.
+SPREAD = """
+run_folder: run
+defaults:
+  test:
+    config: evaluate.yaml
+    set: {data.num_test: 8, data.num_hard: 4, model.sampling.max_tokens: 24}
+  fit:
+    set:
+      trainer.max_steps: 2
+      trainer.val_check_interval: 1
+      data.num_train: 16
+      data.num_validation: 4
+      data.batch_size: 4
+stages:
+  sft: {command: fit, config: [sft.yaml, strategy/zero2.yaml]}
+  warmup:
+    command: fit
+    config: [warmup.yaml, strategy/zero2.yaml]
+    set: {model.policy.path: "{sft.export}", model.discriminator.path: "{sft.export}", model.sampling.max_tokens: 24}
+  align:
+    command: fit
+    config: [align.yaml, strategy/zero2.yaml]
+    set:
+      model.policy.path: "{sft.export}"
+      model.discriminator.path: "{warmup.export}"
+      model.num_rollouts: 4
+      data.batch_size: 2
+  filter:
+    command: predict
+    config: filter.yaml
+    set:
+      model.policy.path: "{align.export}"
+      data.num_train: "{rlvr.data.num_train}"
+      model.sampling.max_tokens: "{rlvr.model.sampling.max_tokens}"
+  rlvr:
+    command: fit
+    config: [rlvr.yaml, strategy/zero2.yaml]
+    set: {model.policy.path: "{align.export}", model.sampling.max_tokens: 64, model.num_rollouts: 4}
+  evaluate-rlvr: {command: test, set: {model.name: rlvr, model.policy.path: "{rlvr.export}"}}
+"""
+
+
+@pytest.mark.slow
+def test_every_stage_on_two_processes_under_zero_2(folder):
+    pytest.importorskip("deepspeed")
+    Path("pipeline.yaml").write_text(SPREAD)
+    process = started()
+    _, errors = process.communicate(timeout=1800)
+    assert process.returncode == 0, errors
+    for name in ("sft", "warmup", "align", "rlvr"):
+        assert stages()[name]["results"]["step"] == 2
+        manifest = json.loads(Path(f"run/{name}/checkpoints/last.ckpt/manifest.json").read_text())
+        assert manifest["ranks"] == 2
+        assert set(manifest["stages"].values()) == {2}
+    assert set(stages()["evaluate-rlvr"]["results"]["tables"]) == {"test", "hard"}

@@ -12,7 +12,7 @@ import yaml
 from prism_pl.__main__ import main
 from prism_pl.pipeline.graph import build_graph
 from prism_pl.pipeline.schema import load_pipeline
-from scripts.memory import laid_over, said
+from scripts.memory import laid_over, needs, said
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -89,6 +89,16 @@ def test_pipeline_resolves_and_the_baseline_takes_as_many_steps(size):
     assert graph["sft-rlvr"].stage.set["trainer.max_steps"] == "{align.trainer.max_steps + rlvr.trainer.max_steps}"
 
 
+def test_the_page_goes_stage_by_stage_as_the_pipeline_does():
+    """RLVR from the page reads what the filter before it wrote, of the rows that it was measured on."""
+    page = (ROOT / "docs" / "reproduce.md").read_text()
+    line = next(line for line in page.splitlines() if "rlvr-grpo.yaml" in line)
+    set_ = yaml.safe_load((CONFIGS / "qwen3vl-4b" / "pipeline.yaml").read_text())["stages"]["rlvr"]["set"]
+    assert {f"--{key}" for key in set_} == set(re.findall(r"--(?!config)\S+", line))
+    assert f"--data.train.only {set_['data.train.only']}" in line
+    assert "--data.pass_rates runs/qwen3vl-4b/filter/pass_rates.jsonl" in line
+
+
 def files(name: str) -> list[str]:
     """The files that a YAML's header speaks of: itself, and for an overlay what it is laid over."""
     stage = name.split("/")[1]
@@ -107,10 +117,19 @@ def test_headers_say_the_memory_that_the_formula_gives(name):
 def test_memory_formula_by_hand():
     """4B alignment on two GPUs: ZeRO-2 with both optimisers offloaded."""
     config = files("qwen3vl-4b/align-2gpus")
-    # Weights 2 x (4.44 + 5.31) = 19.5 GB; generating takes 0.25 x 80 = 20 GB more, training less:
-    # 2 x 36 x 2560 x 16384 = 3.0, logits 12 x 2048 x 151936 = 3.7, 2 for the rest.
-    # CPU: states 16 x 9.75 = 156, loading 4 x 5.31 x 2 = 42.5.
-    assert said(config) == "2 GPUs with 40 GB each, 198 GB of CPU memory"
+    # Weights 2 x (4.44 + 5.31) = 19.5 GB; generating takes 0.25 x 80 = 20 GB more, training 28.2:
+    # 2 x 36 x 2560 x 16384 = 3.0, logits 12 x 2048 x 151936 = 3.7, 2 for the rest, gradients 4 x 9.75 / 2 = 19.5.
+    # CPU, a process: pinned 4 x 2.22 = 8.9 and 4 x 2.655 = 10.6 are 17.2 each, twice; 2 x 2.22 = 4.4 and 5.3 are 8.6
+    # each; moments 8 x (2.22 + 2.655) = 39; AdamW's temporaries 8 x 2.655 = 21.2. In all 4 x 17.2 + 2 x 8.6 + 60.2.
+    assert said(config) == "2 GPUs with 48 GB each, 292 GB of CPU memory"
+
+
+def test_a_frozen_policy_is_held_where_something_samples_from_it():
+    """The warm start on one GPU: 2 x 5.31, gradients 4 x 5.31, activations 1.9 + 3.7 + 2; an engine adds 2 x 4.44."""
+    config = settings("qwen3vl-4b/warmup", "qwen3vl-4b/warmup-1gpu")
+    assert needs(config, "Qwen3-VL-4B").gpu == pytest.approx(39.5, abs=0.1)
+    config["model"]["init_args"]["rollout"] = {"init_args": {"gpu_memory": 0.3}}
+    assert needs(config, "Qwen3-VL-4B").gpu == pytest.approx(39.5 + 8.9, abs=0.1)
 
 
 def test_published_hyperparameters():
@@ -133,6 +152,20 @@ def test_published_hyperparameters():
         for side in ("policy_optimizer", "discriminator_optimizer"):
             assert model[side]["init_args"]["lr"] == 1e-6
             assert model[side]["init_args"]["weight_decay"] == 0.01
+
+
+def test_sft_writes_few_checkpoints():
+    """1.37M rows / 16 are 85,700 steps, and a checkpoint of 4B has 2 x 4.44 + 12 x 4.02 = 57 GB."""
+    for size in SIZES:
+        callbacks = settings(f"qwen3vl-{size}/sft")["trainer"]["callbacks"]
+        (kept,) = [one["init_args"] for one in callbacks if one["class_path"].endswith("LastCheckpoint")]
+        assert 85_700 / kept["every_n_steps"] < 100
+
+
+def test_every_question_of_mmmu_fits_into_the_engine():
+    """A row has image_1 to image_7."""
+    for name in ("benchmarks", *(f"qwen3vl-{size}/evaluate" for size in SIZES)):
+        assert settings(name)["model"]["init_args"]["engine"]["init_args"]["max_images"] == 7
 
 
 @pytest.mark.parametrize(("name", "decay", "warmup", "prompts"), [

@@ -12,6 +12,7 @@ from prism_pl.__main__ import main
 from prism_pl.pipeline.graph import build_graph
 from prism_pl.pipeline.schema import load_pipeline
 from prism_pl.report.command import make_parser
+from tests.told_commands import of_lightning, read_by, written_by
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -91,8 +92,16 @@ def test_the_python_example_trains(swap):
     assert (swap / "runs" / "brief" / "export" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_parses(command, swap, capsys):
+def test_the_commands_of_stages_work_in_their_order(swap, capsys):
+    stages = [command for command in commands() if of_lightning(command)]
+    written = written_by(stages, capsys)
+    for number, command in enumerate(stages):
+        assert set(read_by(command)) <= set(written[:number]), command
+    assert {"runs/evaluate-sft", "runs/evaluate-align", "runs/evaluate-rlvr"} <= set(written)
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if not of_lightning(command)])
+def test_every_other_command_parses(command, swap, capsys):
     args = shlex.split(command)[3:]
     if args[0] == "report":
         assert make_parser().parse_args(args[1:]).runs

@@ -263,8 +263,14 @@ def test_a_checkpoint_without_a_split_is_left_out_of_its_tables(tmp_path):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda folder: None, "demo: there is no such folder. Beside it: other."),
-        (lambda folder: (folder.parent / "demo2").mkdir(), "there is no such folder. Did you mean demo2?"),
+        (
+            lambda folder: None,
+            "demo: there is no such folder. Give that of a run, such as runs/demo. Beside it: other.",
+        ),
+        (
+            lambda folder: (folder.parent / "demo2").mkdir(),
+            "there is no such folder. Give that of a run, such as runs/demo. Did you mean demo2?",
+        ),
         (lambda folder: folder.mkdir(), "this is no run. It holds no evaluation.json"),
         (lambda folder: folder.mkdir(), "Give the folder that holds the stages' folders. Beside it: other"),
         (lambda folder: folder.write_text("x"), "this is a file. Give the folder of a run"),

@@ -40,6 +40,8 @@ def report(run: Path) -> str:
 
 
 def test_the_table_and_the_figure_are_of_the_evaluations(run):
+    greedy = run / "evaluate" / "align" / "evaluation.json"
+    greedy.write_text(json.dumps(json.loads(greedy.read_text()) | {"sampling": {"temperature": 0.0}}))
     found = section(report(run), "### Drift from the supervision")
     row = cells(found, "align")
     assert row["AUC"] == "0.60 [0.50, 0.70]"
@@ -49,6 +51,8 @@ def test_the_table_and_the_figure_are_of_the_evaluations(run):
     assert "energy" not in row  # no evaluation has it
     assert "by `assets/base`" in found
     assert "on at most 256 prompts" in found
+    assert "Those of AUC are narrower than that" in found
+    assert "Decoded at temperature 0 (align): a checkpoint's most likely response beside samples" in found
     assert "drift-test.png" in found
     assert min(Image.open(run / "report_files" / "drift-test.png").size) > 100
 

@@ -19,7 +19,8 @@ PANEL = {
     "align/router/mutual_information/mean": [0.0, 0.0, 0.0, 0.25],
     "align/governor/push": [0.0, -1.0, -1.0, 1.0],
     "align/governor/accuracy": [0.9, 0.8, 0.75, 0.7],
-    "health/settled": [0.0, 0.0, 0.0, 1.0],
+    "health/settled": [1.0, 0.0, 1.0, 1.0],
+    "health/settled_at": [math.nan, math.nan, math.nan, 8.0],
 }
 FLAGS = {"health/style/perception/length": [0.0, 1.0, 1.0], "health/style/perception/surface": [0.0, 0.0, 0.0]}
 
@@ -43,18 +44,24 @@ def test_the_shadows_stand_beside_the_discriminator_with_the_flags(tmp_path):
     assert "(surface)" not in found
     assert "load entropy 1.00 nats, 0.250 nats about the segment" in found
     assert "held the discriminator back in 2 of 4 batches and pushed it in 1; last accuracy 0.700" in found
-    assert "flat and quiet at batch 3" in found
+    assert "the gaps had settled at step 8 (batch 3)" in found
     assert "the policy of step 2, of the least drift on validation rows (0.100; the last had 0.250)" in found
     assert (tmp_path / "demo" / "report_files" / "health.png").exists()
 
 
 def test_a_run_that_was_not_judged_and_one_that_was_not_flagged_say_so(tmp_path):
     assert "not judged for style" in told(tmp_path / "short", PANEL)
-    clean = {name: [0.0] * 4 for name in FLAGS} | {"health/settled": [0.0] * 4}
+    unsettled = {"health/settled": [0.0] * 4, "health/settled_at": [math.nan] * 4}
+    clean = {name: [0.0] * 4 for name in FLAGS} | unsettled
     found = told(tmp_path / "clean", PANEL | clean)
     assert "no expert was flagged" in found
     assert "FLAG" not in found
-    assert "the gaps did not settle" in found
+    assert "the gaps did not settle." in found
+
+
+def test_calm_that_the_monitor_did_not_mark_is_not_reported_as_settled(tmp_path):
+    found = told(tmp_path, PANEL | {"health/settled": [0.0, 1.0, 0.0, 1.0], "health/settled_at": [math.nan] * 4})
+    assert "the gaps did not settle: flat and quiet in 2 of 4 batches, never in enough of them in a row." in found
 
 
 def test_without_the_panel_it_is_left_out_with_the_reason(tmp_path):

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from prism_pl.chat import lenient_answer, parse
 from prism_pl.rewards import accuracy, format, overlong, timeouts
 
 # What a release of the paper's code was seen to accept, wrongly.
@@ -78,7 +79,10 @@ EQUAL = {
         ("x > 3", "3 < x"),
         (r"x > 3", r"(3, \infty)"), (r"(1,2)\cup(3,4)", r"(3,4) \cup (1,2)"), (r"\sin^2 x+\cos^2 x", "1"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"), ("y^2+x^2=1", "x^2+y^2=1"),
-        (r"\left(\frac{1}{2}\right)^2", "0.25"),
+        (r"\left(\frac{1}{2}\right)^2", "0.25"), (r"\log_{2}(8)", "3"), (r"\log_2(8)", "3"), ("3(10^4)", "30000"),
+        ("3(x+1)", "3x+3"), ("f(3)", "f(3)"), (r"\max(3,7)", r"\max(3,7)"), (r"\frac{10!}{8!}", "90"), ("2⋅x", "2x"),
+        (r"\sin(\frac{\pi}{6})", "0.5"), (r"\frac{\sqrt{16}}{2}", "2"), (r"x \ge 7", r"[7, \infty)"), ("(-2)^2", "4"),
+        (r"\frac{1}{2}(3+\sqrt{5})", r"\frac{3+\sqrt5}{2}"), ("3⋅10^4", "30000"),
     ],
 }  # fmt: skip
 # Different whichever of the two is the answer.
@@ -113,7 +117,20 @@ HACKS = [
     "7 not 8",
     "1 2 3 4 5 6 7 8 9", "x=7 or x=8", "7=8", "8=7", r"\boxed{7} \boxed{8}", "$7$ $8$", r"\min(7,8), 9", "{7", "7)(7",
     "A", "7%", "70%", "A, B, C, D", "(A) (B) (C) (D)", r"\mathbb{R}", r"\emptyset", "__import__('os')", "7'",
-    '7"8', "the sum",
+    '7"8', "the sum", r"\max(3,7)", r"\min(7, 9)", r"\max{(3,7)}", r"\gcd(14,21)", r"7 \lor 8", r"7 \approx 8",
+    r"3 \approx 7", "3 ≈ 7", r"7 \approx 7.4", r"x = 7 \approx 8", r"x \ge 7", r"\lim_{x\to 7} x", r"\int_0^7 dx",
+    r"\sqrt{9}+4", r"\sqrt{9+40}", "3!+1", r"\frac{7}{8}8", r"\frac{7}{8}(8)", r"\frac{7}{2}\sqrt{4}",
+]  # fmt: skip
+# A product of 3 and 4 left to be worked out, in the ways that math-verify or a font takes for one.
+PRODUCTS = [
+    "3(4)", "(3)(4)", "3 (4)", "(3)4", r"3\left(4\right)", r"3\ast 4", r"3\cdot 4", r"3 \times 4", "3*4", "3∗4", "3⋅4",
+    "3∙4", "3⊗4", "3⋆4", "3·4", "3×4", r"3\sqrt{16}", r"\sqrt{9}\sqrt{16}", r"\sqrt{9}4", r"\sqrt{9}(4)",
+    r"\sqrt[2]{9}4", r"\frac{3}{1}(4)", r"\frac{(3)(4)}{1}", "3[4]", "{3}{4}",
+]  # fmt: skip
+ROUNDED = [
+    (r"x \approx 3.46", "3.46"), (r"2\sqrt{3} \approx 3.46", r"2\sqrt{3}"), (r"2\sqrt{3} ≈ 3.46", "3.46"),
+    (r"x = 2\sqrt{3} \approx 3.46", r"2\sqrt{3}"), (r"\frac{1}{3} \approx 0.33", "1/3"), (r"\pi \approx 3.14", r"\pi"),
+    (r"2\sqrt{3} cm \approx 3.46 cm", r"2\sqrt{3} cm"),
 ]  # fmt: skip
 CHOICE_HACKS = [
     "", "A and B", "A or B", "A, B", "A/B", "AB", "A B C D", "A, B, C, D", "(A) and (B)", "(A)(B)", "A. cat B. dog",
@@ -165,6 +182,17 @@ def test_fishing_for_a_number_earns_nothing(answer):
     assert accuracy(answer, "7") == 0.0
 
 
+@pytest.mark.parametrize("answer", PRODUCTS)
+def test_a_product_left_to_be_worked_out_earns_nothing(answer):
+    assert accuracy(answer, "12") == 0.0
+
+
+@pytest.mark.parametrize(("answer", "truth"), ROUNDED)
+def test_a_value_may_be_told_with_its_rounded_one(answer, truth):
+    assert accuracy(answer, truth) == 1.0
+    assert accuracy(answer.replace("6", "7").replace("0.33", "0.34").replace("3.14", "3.15"), truth) == 0.0
+
+
 @pytest.mark.parametrize("answer", CHOICE_HACKS)
 def test_fishing_for_an_option_earns_nothing(answer):
     assert accuracy(answer, "A") == 0.0
@@ -185,6 +213,7 @@ def test_steps_before_the_value_have_to_be_right():
     assert accuracy("3 + 4 = 7", "7") == 1.0
     assert accuracy("x = 3 + 4 = 7", "7") == 1.0
     assert accuracy("3 + 5 = 7", "7") == 0.0
+    assert accuracy(r"\max(3,7) = 7", "7") == 1.0
 
 
 def test_the_text_of_an_option_answers_for_its_letter():
@@ -211,6 +240,21 @@ def test_format_is_one_for_three_full_blocks_only():
     assert format(good.replace("\n3\n</answer>", "</answer>")) == 0.0
     assert format(good.replace("1. read 3", "<answer>3</answer>")) == 0.0
     assert format("3") == 0.0
+
+
+@pytest.mark.parametrize("block", ["caption", "think", "answer"])
+def test_a_block_of_invisible_characters_is_empty_and_of_signs_is_not(block):
+    parts = {"caption": "- a red 3", "think": "1. read 3", "answer": "3"}
+
+    def response(text):
+        return "\n".join(f"<{name}>{text if name == block else part}</{name}>" for name, part in parts.items())
+
+    for unseen in ("\u200b", "\u2060", "\ufeff", "\u00ad", "\u200e \u200f", "\ufe0f", "\u2800", "\u3164", "\x00"):
+        assert parse(response(unseen)).reason == f"the <{block}> block is empty"
+        assert format(response(unseen)) == 0.0
+        assert lenient_answer(f"<answer>7</answer> <answer>{unseen}</answer>") == "7"
+    for seen in ("-", "?", "<", "\u221e", "\\pi", "\u2713", "\u7532", "\u200b7"):
+        assert format(response(seen)) == 1.0
 
 
 def test_overlong_by_hand():

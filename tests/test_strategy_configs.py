@@ -17,18 +17,23 @@ class Built(Exception):
     """Ends a command once its trainer is there."""
 
 
-def trainer_of(config: str, monkeypatch, *more: str):
-    """The trainer of `fit --config CONFIG --config OVERLAY`, which is not run."""
-    built = {}
+def built_by(monkeypatch, *command: str):
+    """What `python -m prism_pl COMMAND` builds, trainer and model, and does not run."""
+    built = []
 
     def stop(self, subcommand):
-        built["trainer"] = self.trainer
+        built.append(self)
         raise Built
 
     monkeypatch.setattr(cli.PrismCLI, "_run_subcommand", stop)
     with pytest.raises(Built):
-        cli.run(["fit", "--config", config, *more])
-    return built["trainer"]
+        cli.run(list(command))
+    return built[0]
+
+
+def trainer_of(config: str, monkeypatch, *more: str):
+    """The trainer of `fit --config CONFIG --config OVERLAY`, which is not run."""
+    return built_by(monkeypatch, "fit", "--config", config, *more).trainer
 
 
 def test_every_overlay_is_named_here():

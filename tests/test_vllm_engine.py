@@ -16,6 +16,7 @@ from prism_pl.lora import LoraSpec, whole_parameters
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rollout import AutoEngine, RolloutEngine, Sampling, TransformersEngine, VLLMEngine, rollout_batch
 from prism_pl.rollout.vllm_compat import import_vllm, version_of
+from prism_pl.rollout.vllm_launch import blank_folder, write_blank
 from scripts.blank_policy import ROOT
 from tests.conftest import make_examples
 from tests.stubs import equal, weights
@@ -255,6 +256,57 @@ def test_a_gpu_too_full_to_wake_on_is_said_with_the_way_out(monkeypatch):
         engine._wake("kv_cache")  # nothing is trained on an engine in between
 
 
+def test_vllm_computes_outside_of_autocast_and_with_torchs_own_linear_layers(monkeypatch):
+    assert torch.nn.functional.linear is torch._C._nn.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", replaced := lambda *args: None)
+    seen = []
+
+    def generate(requests, params, use_tqdm):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.nn.functional.linear))
+
+    counter = SimpleNamespace(counter=0)
+    inside = SimpleNamespace(generate=generate, request_counter=counter, llm_engine=SimpleNamespace(step=None))
+    engine = VLLMEngine()
+    engine.launched, engine.on_cpu = SimpleNamespace(llm=inside), True
+    with torch.autocast("cpu", torch.bfloat16):
+        engine._run([], None, [], lambda p, output: None)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(False, torch._C._nn.linear)]
+    assert torch.nn.functional.linear is replaced
+
+
+def test_it_samples_under_a_trainer_of_bf16_mixed(engine, examples):
+    expected = engine.generate(examples, 1, GREEDY)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ids(engine.generate(examples, 1, GREEDY)) == ids(expected)
+
+
+def test_equal_policies_start_from_one_folder_in_every_run_and_rank(spec, processor, started, tmp_path):
+    policy = started[1]
+    write = partial(write_blank, policy, processor)
+    folder = blank_folder(write, tmp_path)
+    assert (folder / "config.json").exists()
+    assert blank_folder(write, tmp_path) == folder
+    (folder / "config.json").unlink()  # as something that clears caches would
+    assert blank_folder(write, tmp_path) == folder
+    assert (folder / "config.json").exists()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_of_two_ranks_that_write_the_folder_at_once_both_have_it(tmp_path):
+    def write(new):
+        (new / "config.json").write_text("{}")
+
+    def write_second(new):
+        write(new)
+        first.append(blank_folder(write, tmp_path))  # another rank is done in the meantime
+
+    first = []
+    assert blank_folder(write_second, tmp_path) == first[0]
+    assert [path.name for path in first[0].iterdir()] == ["config.json"]
+    assert list(tmp_path.iterdir()) == first
+
+
 def test_a_sleeping_engine_wakes_with_the_weights_of_now(engine, policy, processor, examples):
     engine.generate(examples, 1, SAMPLED)
     engine.sleep()
@@ -321,6 +373,9 @@ def test_prompt_ids_are_known_from_image_sizes(processor, examples):
 
 
 def test_what_vllm_would_bend_is_refused(engine, examples):
+    many = replace(examples[0], id="many", images=examples[0].images * 5)
+    with pytest.raises(ValueError, match=r"row 'many' has 5 images, and the engine takes 4: raise its max_images"):
+        engine.generate([examples[0], many], 1, SAMPLED)
     with pytest.raises(ValueError, match=f"row '{examples[0].id}': a prompt of .* do not fit"):
         engine.generate(examples, 1, Sampling(max_tokens=10**6))
     with pytest.raises(ValueError, match=r"sampling.temperature is 0.001: vLLM"):

@@ -1,7 +1,7 @@
 """What the arms came to, from the evaluations that a run folder holds: arms by question family in the shape of the
 paper's Table 2, paired differences to the first arm, and how far each arm's responses lie from the supervision's.
 
-An arm's number is the mean over its seeds; a prompt's is the mean over its samples. Intervals resample prompts and
+An arm's number is the mean over its seeds; a prompt's is the mean over its samples. Intervals are over prompts and
 seeds (`prism_pl.metrics.bootstrap_crossed`); differences are paired by prompt and by seed.
 """
 
@@ -23,6 +23,12 @@ from prism_pl.report.tables import COLUMNS, NOT_AVAILABLE, check_rules, markdown
 # Most of these follow from pooled counts and have no value a prompt: what is shown of them is their spread over seeds.
 SPREAD_COLUMNS = {column: spec for column, spec in (COLUMNS | DRIFT).items() if column != "accuracy"}
 RESAMPLING_SEED = 0
+NOTE = (
+    "Accuracy in percent over {} prompts of {}, mean over the seeds; differences in points, paired by prompt and seed. "
+    "95% intervals: the wider, on each side, of resampled prompts and seeds ({} resamples, seed {}) and of Student's t "
+    "over the seeds. A star: the interval excludes 0; of a single seed the interval is over prompts alone, and has "
+    "none. Each cell is tested for itself: of 20 that differ in nothing one gets a star by chance."
+)
 
 
 @dataclass
@@ -123,7 +129,8 @@ def accuracy_table(accuracy: Accuracy, first: str, num_resamples: int) -> list[s
         compared = _shown(gaps, num_resamples)
         each = [] if gaps is None else [number(gap, 1, sign=True) for gap in gaps.mean(1).tolist()]
         seeds = ", ".join(map(str, by_seed))
-        rows.append([arm, seeds, *cells, with_bounds(*average[:3], 1), compared, " ".join(each)])
+        bounds = max(average.low, 0.0), min(average.high, 100.0)  # Student's t knows no ends of the scale
+        rows.append([arm, seeds, *cells, with_bounds(average.mean, *bounds, 1), compared, " ".join(each)])
     return markdown_table(["arm", "seeds", *accuracy.families, "average", f"less {first}", "by seed"], rows)
 
 
@@ -188,12 +195,7 @@ def _sections(arms: Mapping[str, Arm], first: str, num_resamples: int) -> list[s
     for split in dict.fromkeys(split for evaluation in evaluations.values() for split in evaluation.tables):
         accuracy = accuracy_of(evaluated, split)
         lines += [f"### {split}", "", *accuracy_table(accuracy, first, num_resamples), ""]
-        note = (
-            f"Accuracy in percent over {len(accuracy.family_of)} prompts of {split}, mean over the seeds; 95% "
-            f"intervals over prompts and seeds ({num_resamples} resamples, seed {RESAMPLING_SEED}); differences in "
-            "points, paired by prompt and seed. A star: the interval excludes 0."
-        )
-        lines += [note, ""]
+        lines += [NOTE.format(len(accuracy.family_of), split, num_resamples, RESAMPLING_SEED), ""]
         differences = family_differences(accuracy, first, num_resamples)
         lines += [*differences, ""] if differences else []
         lines += [*spread_table(evaluated, split), ""]
@@ -205,7 +207,7 @@ def _shown(gaps_SP: np.ndarray | None, num_resamples: int) -> str:
     if gaps_SP is None:
         return ""
     interval: Interval = crossed_interval(gaps_SP, num_resamples, seed=RESAMPLING_SEED)
-    return shown_difference(interval, digits=1)
+    return shown_difference(interval, digits=1, starred=len(gaps_SP) > 1)
 
 
 def _with_range(values: Sequence[float], digits: int) -> str:

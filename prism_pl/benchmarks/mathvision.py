@@ -47,8 +47,9 @@ class MathVision(Benchmark):
         if not answer.strip():
             return False
         if options:
-            pick = picked(answer, options)
-            return pick == truth.strip() if pick else same_value(answer, options[ord(truth.strip()) - ord("A")])
+            pick, right = picked(answer, options), picked(truth, options)
+            value = options[ord(right) - ord("A")] if right else truth
+            return pick == right if pick and right else same_value(answer, value)
         return same_value(answer, truth)
 
 

@@ -25,6 +25,7 @@ FORMS = {
     "integer": "Give an integer as the final answer.",
     "list": "Give a Python list, such as [1, 2, 3], as the final answer.",
 }
+MAX_COMPARED = 256  # characters of an answer; the time goes with them, and what is longer is no misspelled option
 _LETTER = re.compile(r"\(([a-zA-Z])\)")
 
 
@@ -70,7 +71,7 @@ def chosen(answer: str, choices: list[str]) -> str:
         return choices[ord(pick) - ord("A")]
     from torchmetrics.functional.text import edit_distance
 
-    return min(choices, key=lambda choice: float(edit_distance(answer, choice)))
+    return min(choices, key=lambda choice: float(edit_distance(answer[:MAX_COMPARED], choice)))
 
 
 def as_published(answer: str, kind: str, digits: int) -> str | None:

@@ -23,7 +23,6 @@ from prism_pl.benchmarks.options import CHOOSE, as_list, lettered, picked
 from prism_pl.rewards import accuracy, same_when_rounded
 
 OPEN = "Give a number, a word or a short phrase as the final answer."
-NUM_IMAGES = 7
 DECIMALS = 2
 DISCIPLINES = {
     "art & design": "Art Art_Theory Design Music",

@@ -39,7 +39,7 @@ def _of_json(file: Path) -> list[dict[str, Any]]:
     try:
         text = file.read_text()
         if file.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is no whole JSON ({error}): download it anew") from None

@@ -10,14 +10,15 @@ the check lists with `--data.check_folder runs/check`.
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from lightning import LightningDataModule, Trainer
 
-from prism_pl.checked import CHECK, CHECKED, EXCLUDED, Checkable
+from prism_pl.checked import CHECK, CHECKED, EXCLUDED, Checkable, FiltersPrompts
 from prism_pl.data.facts import FactFinder, Facts
 from prism_pl.data.overlap import Found, Split, overlap
 from prism_pl.data.reading import DataCLI, DataOnlyCLI, read_split
@@ -51,8 +52,10 @@ def run(args: list[str]) -> None:
     processor = stage.processor
     needs = stage.row_needs if isinstance(stage, HasRowNeeds) else RowNeeds()
     if options.max_tokens is not None:
-        needs = RowNeeds(needs.response, needs.demonstration, needs.answers, options.max_tokens)
-    finder = FactFinder(processor, needs, pixels=not options.headers_only)
+        needs = replace(needs, max_length=options.max_tokens)
+    data: Any = cli.datamodule
+    limit = data.max_prompt_tokens if isinstance(data, FiltersPrompts) else None
+    finder = FactFinder(processor, needs, pixels=not options.headers_only, max_prompt_tokens=limit)
     splits = {name: collect(cli.datamodule, cli.trainer, name, finder) for name in SPLITS}
     splits = {name: split for name, split in splits.items() if split.facts}
     others = {}
@@ -65,7 +68,7 @@ def run(args: list[str]) -> None:
     exclude(splits["train"], found, options.exclude)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, splits["train"], cli.datamodule)
+    write(folder, splits, cli.datamodule)
     text = report(splits, found, needs, folder)
     (folder / "check.md").write_text(text)
     print(text)
@@ -110,18 +113,25 @@ def exclude(train: Split, found: Found, kinds: list[str]) -> None:
             facts.unusable, facts.detail = f"overlap with {where}", f"row {facts.id!r} has {what} of {where}"
 
 
-def write(folder: Path, train: Split, datamodule: Any) -> None:
+def write(folder: Path, splits: Mapping[str, Split], datamodule: Any) -> None:
     """The files that a run reads; see `prism_pl.checked`."""
-    reasons = list(dict.fromkeys(facts.unusable for facts in train.facts if facts.unusable))
+    train = splits["train"].facts
+    validation = splits["validation"].facts if "validation" in splits else []
+    reasons = list(dict.fromkeys(facts.unusable for facts in [*train, *validation] if facts.unusable))
     recipe = datamodule.row_recipe() | datamodule.selection() if isinstance(datamodule, Checkable) else None
     np.savez(
         folder / CHECKED,
-        prompt_tokens=np.array([facts.prompt_tokens for facts in train.facts], dtype=np.int32),
-        response_tokens=np.array([facts.response_tokens for facts in train.facts], dtype=np.int32),
-        reason=np.array([reasons.index(f.unusable) + 1 if f.unusable else 0 for f in train.facts], dtype=np.int16),
+        prompt_tokens=np.array([facts.prompt_tokens for facts in train], dtype=np.int32),
+        response_tokens=np.array([facts.response_tokens for facts in train], dtype=np.int32),
+        reason=_numbered(train, reasons),
+        validation_reason=_numbered(validation, reasons),
     )
     write_json({"recipe": recipe, "reasons": reasons}, folder / CHECK)
-    write_lines(_excluded(train.facts), folder / EXCLUDED)
+    write_lines(_excluded([*train, *validation]), folder / EXCLUDED)
+
+
+def _numbered(facts: list[Facts], reasons: list[str]) -> np.ndarray:
+    return np.array([reasons.index(each.unusable) + 1 if each.unusable else 0 for each in facts], dtype=np.int16)
 
 
 def _excluded(facts: list[Facts]) -> Iterator[dict[str, str]]:

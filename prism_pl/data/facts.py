@@ -9,19 +9,21 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prism_pl.bad_rows import BadRow, ReadsBadRows
 from prism_pl.batch import Example
-from prism_pl.chat import plain_text
-from prism_pl.images import image_size, open_image
+from prism_pl.chat import parse, plain_text, segments
+from prism_pl.images import Size, image_size, open_image
 from prism_pl.processor import IMAGE_MARK, Processor
-from prism_pl.row_needs import RowNeeds
+from prism_pl.row_needs import Lengths, RowNeeds
+from prism_pl.segments import segment_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 GRID = 16
+FILTERED = "left out by data.max_prompt_tokens"
 BAD_ROW, BAD_IMAGE = "row that cannot be read", "image that cannot be used"
 
 
@@ -62,10 +64,18 @@ class FactFinder(ReadsBadRows):
         processor: of the policy; None measures no lengths.
         needs: of the stage.
         pixels: whether images are decoded; else only their headers are read.
+        max_prompt_tokens: rows with a longer prompt are left out by the data module itself; None leaves none out.
     """
 
-    def __init__(self, processor: Processor | None, needs: RowNeeds, pixels: bool = True) -> None:
+    def __init__(
+        self,
+        processor: Processor | None,
+        needs: RowNeeds,
+        pixels: bool = True,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
         self.processor, self.needs, self.pixels = processor, needs, pixels
+        self.max_prompt_tokens = max_prompt_tokens
 
     def __call__(self, rows: Sequence[Example | BadRow]) -> list[Facts]:
         return [self._facts(row) for row in rows]
@@ -81,18 +91,27 @@ class FactFinder(ReadsBadRows):
         except ValueError as error:
             facts.unusable, facts.detail = BAD_IMAGE, str(error)
             return facts
-        if self.processor is not None:
-            prompt = self.processor.prompt_text(row)
-            facts.prompt_tokens = len(self.processor.prompt_ids(prompt, sizes))
-            facts.response_tokens = len(self.processor.response_ids(row.response)) if row.response else 0
-        facts.unusable = self.needs.unmet(row, facts.prompt_tokens + facts.response_tokens)
+        lengths = Lengths() if self.processor is None else self._lengths(self.processor, row, sizes)
+        facts.prompt_tokens, facts.response_tokens = lengths.prompt, lengths.response
+        filtered = self.max_prompt_tokens is not None and lengths.prompt > self.max_prompt_tokens
+        facts.unusable = FILTERED if filtered else self.needs.unmet(row, lengths)
         facts.detail = f"row {row.id!r}: {facts.unusable}" if facts.unusable else ""
         return facts
 
-    def _images(self, row: Example, facts: Facts) -> "Sequence[Image]":
+    def _lengths(self, processor: Processor, row: Example, sizes: "Sequence[Image | Size]") -> Lengths:
+        prompt = len(processor.prompt_ids(processor.prompt_text(row), sizes))
+        if not row.response:
+            return Lengths(prompt)
+        response, parsed = len(processor.response_ids(row.response)), parse(row.response)
+        if self.needs.max_segment is None or not parsed.valid:
+            return Lengths(prompt, response)
+        texts = segments(parsed, self.needs.experts).values()
+        return Lengths(prompt, response, max(len(segment_ids(processor, text)) for text in texts))
+
+    def _images(self, row: Example, facts: Facts) -> "Sequence[Image | Size]":
         """What the lengths need of the images: their sizes."""
         if not self.pixels:
-            return [_sized(*image_size(image, row.id)) for image in row.images]
+            return [image_size(image, row.id) for image in row.images]
         images = [open_image(image, row.id) for image in row.images]
         facts.images = [pixel_key(image) for image in images]
         facts.looks = [looks(image) for image in images]
@@ -121,10 +140,3 @@ def looks(image: "Image") -> bytes:
 
 def _key(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _sized(width: int, height: int) -> Any:
-    """An image of this size without pixels; all that visual tokens depend on."""
-    from types import SimpleNamespace
-
-    return SimpleNamespace(width=width, height=height)

@@ -37,7 +37,9 @@ class DataOnlyCLI(DataCLI):
 
 
 class _Reader(LightningModule):
-    """What a data module asks of a run's module: its collator."""
+    """What a data module asks of a run's module: its collator. Without a processor no row is left out by length."""
+
+    processor = None
 
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
         super().__init__()

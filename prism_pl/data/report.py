@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from prism_pl.checked import CHECK, EXCLUDED
+from prism_pl.data.facts import FILTERED
 from prism_pl.data.overlap import Found, Split
 from prism_pl.report.tables import markdown_table
 from prism_pl.row_needs import RowNeeds
@@ -25,11 +26,14 @@ def report(splits: Mapping[str, Split], found: Found, needs: RowNeeds, folder: P
     for split in splits.values():
         lines += _lengths(split)
     lines += _shared(found)
-    return "\n".join([*lines, _verdict(splits["train"], folder), ""])
+    return "\n".join([*lines, *_verdict(splits, folder), ""])
 
 
 def _needs(needs: RowNeeds) -> str:
-    wanted = [name if value is True else f"{name} {value}" for name, value in asdict(needs).items() if value]
+    told = {
+        name: value for name, value in asdict(needs).items() if value and name not in ("experts", "unless_rejected")
+    }
+    wanted = [name if value is True else f"{name} {value}" for name, value in told.items()]
     return ", ".join(wanted).replace("_", " ") or "nothing but a question"
 
 
@@ -102,11 +106,21 @@ def _shared(found: Found) -> list[str]:
     return [*lines, ""]
 
 
-def _verdict(train: Split, folder: Path) -> str:
-    num = sum(bool(row.unusable) for row in train.facts)
-    if not num:
-        return f"A run can use all {len(train.facts):,} training rows."
-    return (
-        f"A run stops at the first of the {num:,} training rows that it cannot use. To leave them out, counted: "
-        f"--data.check_folder {folder} ({EXCLUDED} lists them, {CHECK} belongs to these rows alone)."
-    )
+def _verdict(splits: Mapping[str, Split], folder: Path) -> list[str]:
+    lines = []
+    for name in (name for name in ("train", "validation") if name in splits):
+        rows, called = splits[name].facts, "training" if name == "train" else name
+        stopping = sum(row.unusable not in ("", FILTERED) for row in rows)
+        if filtered := sum(row.unusable == FILTERED for row in rows):
+            lines.append(f"{filtered:,} of {len(rows):,} {called} rows are {FILTERED}.")
+        if not stopping:
+            left = len(rows) - filtered
+            lines.append(f"A run can use all {left:,} {'other ' if filtered else ''}{called} rows.")
+        else:
+            lines.append(f"A run stops at the first of the {stopping:,} {called} rows that it cannot use.")
+    if any(line.startswith("A run stops") for line in lines):
+        lines.append(
+            f"To leave them out, counted: --data.check_folder {folder} ({EXCLUDED} lists them, {CHECK} belongs to "
+            "these rows alone). Rows of a validation file of its own have to be mended."
+        )
+    return lines

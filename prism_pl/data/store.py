@@ -67,8 +67,8 @@ class Journal:
 def read_journals(folder: Path, pattern: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The entries of all processes' journals. ValueError where they were made with other settings."""
     for file in sorted(folder.glob(pattern)):
-        lines = file.read_text().splitlines(keepends=True)
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        # Not splitlines: a text may hold U+2028 or U+0085 as they are. What follows the last end is half a line.
+        whole = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
         if whole and whole[0]["settings"] != json.loads(json.dumps(settings)):
             raise ValueError(
                 f"{file} was begun with other settings than these: bring them back, or remove the file to begin anew"

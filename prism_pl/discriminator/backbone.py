@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_pl.batch import SequenceBatch
+from prism_pl.checkpoint_files import put_in_place
 from prism_pl.discriminator.folder import (
     Settings,
     fresh_settings,
@@ -27,7 +28,6 @@ from prism_pl.policy import (
     fresh_temporary,
     image_features,
     no_image,
-    put_in_place,
     save_processor,
     set_dtype,
     write_model,
@@ -125,7 +125,8 @@ class BackboneDiscriminator(Discriminator):
         return heads
 
     def forward(self, sequences: SequenceBatch, expert_N: Tensor) -> RowScores:
-        layout = packed_layout(sequences, self.shares(sequences, expert_N)) if self.packed else padded_layout(sequences)
+        shared_B = self.shares(sequences, expert_N)
+        layout = padded_layout(sequences) if shared_B is None else packed_layout(sequences, shared_B)
         readers_KN = layout.readers_KN(expert_N, len(self.experts))
         output = self._run(sequences, layout, **self.text_options(readers_KN))
         hidden_NH = output.last_hidden_state.flatten(0, 1)
@@ -141,9 +142,8 @@ class BackboneDiscriminator(Discriminator):
             diagnostics["segment_logp"] = likelihood_B.detach().mean()
         return RowScores(scores_B, self.sums(output, readers_KN), diagnostics)
 
-    def shares(self, sequences: SequenceBatch, expert_B: Tensor) -> Tensor:
-        """(B,) numbers, equal for sequences that may read their prompt from one place."""
-        return sequences.prompt_of_B
+    def shares(self, sequences: SequenceBatch, expert_B: Tensor) -> Tensor | None:
+        return sequences.prompt_of_B if self.packed else None
 
     def text_options(self, readers_KN: Tensor) -> dict[str, Any]:
         """Further keywords of the text model's forward pass.

@@ -1,6 +1,7 @@
 """Two experts, each for its own segment, as PRISM's paper has them (arXiv 2604.28123, section 3)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,6 @@ from prism_pl.batch import SequenceBatch
 from prism_pl.chat import EXPERTS
 from prism_pl.discriminator.backbone import BackboneDiscriminator
 from prism_pl.policy import load_safetensors
-from prism_pl.strategy.sharding import whole_construction
 
 
 class DedicatedMoEDiscriminator(BackboneDiscriminator):
@@ -55,8 +55,8 @@ class DedicatedMoEDiscriminator(BackboneDiscriminator):
             packed,
         )
 
-    def shares(self, sequences: SequenceBatch, expert_B: Tensor) -> Tensor:
-        return sequences.prompt_of_B * len(self.experts) + expert_B
+    def shares(self, sequences: SequenceBatch, expert_B: Tensor) -> Tensor | None:
+        return sequences.prompt_of_B * len(self.experts) + expert_B if self.packed else None
 
     def text_options(self, readers_KN: Tensor) -> dict[str, Any]:
         from prism_pl.discriminator.dedicated_model import Routes
@@ -79,6 +79,8 @@ def load_dedicated(path: str, anew: bool, attn_implementation: str) -> Any:
 
     if not anew:
         return load_safetensors(DedicatedQwen3VLModel, path, attn_implementation)
-    with whole_construction():
-        dense = load_safetensors(Qwen3VLModel, path, attn_implementation)
-    return dedicate(dense, attn_implementation)
+    return dedicate(
+        Qwen3VLModel.config_class.from_pretrained(path, trust_remote_code=False),
+        partial(load_safetensors, Qwen3VLModel, path, attn_implementation),
+        attn_implementation,
+    )

@@ -1,5 +1,6 @@
 """Qwen3-VL with an MLP for each expert in every text layer, and each sequence run by the MLPs of its own expert."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +58,19 @@ class DedicatedQwen3VLModel(Qwen3VLModel):
         self.post_init()
 
 
-def dedicate(dense: Any, attn_implementation: str) -> DedicatedQwen3VLModel:
-    """Each expert a copy of the dense model's MLPs; all else as it was."""
+def dedicate(config: Any, dense: Callable[[], Any], attn_implementation: str) -> DedicatedQwen3VLModel:
+    """Each expert a copy of the dense model's MLPs; all else as it was.
+
+    Args:
+        config: of the dense model.
+        dense: gives the dense model; at ZeRO-3 it is called on the first rank alone.
+    """
+    return from_weights(
+        DedicatedQwen3VLModel, config, lambda: _dedicated(dense()), attn_implementation=attn_implementation
+    )
+
+
+def _dedicated(dense: Any) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, tensor in dense.state_dict().items():
         layer, found, part = name.partition(".mlp.")
@@ -66,4 +78,4 @@ def dedicate(dense: Any, attn_implementation: str) -> DedicatedQwen3VLModel:
             weights |= {f"{layer}.mlp.{expert}.{part}": tensor.clone() for expert in EXPERTS}
         else:
             weights[name] = tensor
-    return from_weights(DedicatedQwen3VLModel, dense.config, weights, attn_implementation=attn_implementation)
+    return weights

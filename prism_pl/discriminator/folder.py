@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from prism_pl.chat import EXPERTS, WHOLE
+
 SETTINGS = "discriminator.json"
 HEADS = "heads.safetensors"
 
@@ -59,13 +61,32 @@ def warm_settings(path: str, given: Mapping[str, Any]) -> Settings:
             f"warmup.yaml with {given['kind']}"
         )
     settings = Settings(**{**held, "experts": tuple(held["experts"])})
-    for name, value in given.items():
-        if value is not None and value != getattr(settings, name):
-            raise ValueError(
-                f"{name} is {value}, and {path!r} was warm-started with {getattr(settings, name)}: leave {name} out, "
-                "or run warmup.yaml anew with it"
-            )
+    refuse_other(path, given, asdict(settings))
     return settings
+
+
+def refuse_other(path: str, given: Mapping[str, Any], held: Mapping[str, Any]) -> None:
+    """ValueError where `given` names another value than the warm start at `path` has; None names none."""
+    for name, value in given.items():
+        if value is not None and value != held[name]:
+            raise ValueError(
+                f"{name} is {value}, and {path!r} was warm-started with {held[name]}: leave {name} out, or run "
+                "warmup.yaml anew with it"
+            )
+
+
+def known_settings(options: Mapping[str, Any]) -> Settings | None:
+    """What a discriminator of these options will read, before it is built: from its folder, or where it starts anew the
+    defaults, with what is given in their place. None of a folder that is not there or holds no warm-started one."""
+    if options.get("init_heads"):
+        held: dict[str, Any] = {"kind": "", "experts": EXPERTS, "heads": "shared"}
+    elif (file := Path(options.get("path", "")) / SETTINGS).is_file():
+        held = json.loads(file.read_text())
+    else:
+        return None
+    held["experts"] = WHOLE if options.get("segments") == "whole" else tuple(held["experts"])
+    cap = options.get("max_segment_tokens")
+    return Settings(**(held if cap is None else {**held, "max_segment_tokens": cap}))
 
 
 def write_settings(settings: Settings, folder: Path) -> None:

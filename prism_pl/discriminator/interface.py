@@ -74,6 +74,11 @@ class Discriminator(nn.Module):
     def save(self, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
         """Write everything that loading it alone needs."""
 
+    def shares(self, sequences: SequenceBatch, expert_B: Tensor) -> Tensor | None:
+        """(B,) numbers, equal for sequences whose prompt runs once for all of them; None where each has a row of its
+        own."""
+        return None
+
     def aux_loss(self, sums: Mapping[str, Tensor]) -> Tensor:
         """What to add to the loss of an update, already weighted.
 

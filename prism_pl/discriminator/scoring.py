@@ -18,7 +18,8 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
     """Score a batch on the discriminator's device, in its present mode, with gradients where they are on.
 
     Args:
-        micro_batch_tokens: padded tokens run at once; with gradients each piece is computed again in the backward
+        micro_batch_tokens: tokens run at once, padding and a shared prompt counted as the discriminator runs them (see
+            `micro_batches`); with gradients each piece is computed again in the backward
             pass, which bounds the memory to one piece. None runs the whole batch. The auxiliary loss is that of the
             whole batch either way.
     """
@@ -27,9 +28,13 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
     batch = move_data_to_device(batch, next(discriminator.parameters()).device)
     order: list[Tensor] = []
     parts: list[RowScores] = []
-    for rows, piece in micro_batches(batch.sequences, micro_batch_tokens):
+    shared_N = discriminator.shares(batch.sequences, batch.expert_N)
+    pieces = list(micro_batches(batch.sequences, micro_batch_tokens, shared_N))
+    # Decided by what all ranks have alike: computing again gathers sharded weights again.
+    recomputed = len(pieces) > 1 and torch.is_grad_enabled()
+    for rows, piece in pieces:
         expert_N = batch.expert_N[rows] if len(rows) else batch.expert_N[:1]
-        if len(rows) < len(batch.expert_N) and torch.is_grad_enabled():
+        if recomputed:
             part = RowScores(*checkpoint(discriminator, piece, expert_N, use_reentrant=False))
         else:
             part = discriminator(piece, expert_N)

@@ -9,11 +9,13 @@ from torch import Tensor
 from prism_pl.chat import EXPERTS
 from prism_pl.discriminator.backbone import BackboneDiscriminator
 from prism_pl.discriminator.balance import balance_loss, routing_sums
-from prism_pl.discriminator.folder import HeadSharing
+from prism_pl.discriminator.folder import HeadSharing, refuse_other
 from prism_pl.discriminator.routing import routing_diagnostics
 from prism_pl.discriminator.upcycling import upcycle
 from prism_pl.policy import load_safetensors
-from prism_pl.strategy.sharding import whole_construction
+
+# The release's, where a discriminator starts anew.
+UPCYCLING = {"num_experts": 4, "top_k": 2, "noise_std": 0.01}
 
 
 class SparseMoEDiscriminator(BackboneDiscriminator):
@@ -23,7 +25,8 @@ class SparseMoEDiscriminator(BackboneDiscriminator):
         path, init_heads, dropout, freeze, attn_implementation, gradient_checkpointing, packed: see
             `BackboneDiscriminator`.
         heads: `shared` is one head for both segments (the release, and the default anew), `per_expert` one for each.
-        num_experts, top_k, noise_std: of the upcycling; a warm-started network keeps its own numbers.
+        num_experts, top_k, noise_std: of the upcycling; 4, 2 and 0.01 anew. A warm-started network has its own: None
+            takes them over, another value is a ValueError.
         balance_weight: of the router's load-balancing loss, in the warm start and online.
         experts_implementation: of transformers. `eager` loops over the experts; `grouped_mm` is one kernel for all, but
             runs in the weights' dtype: for weights held in bf16, not for autocast.
@@ -35,9 +38,9 @@ class SparseMoEDiscriminator(BackboneDiscriminator):
         path: str,
         init_heads: bool = False,
         heads: HeadSharing | None = None,
-        num_experts: int = 4,
-        top_k: int = 2,
-        noise_std: float = 0.01,
+        num_experts: int | None = None,
+        top_k: int | None = None,
+        noise_std: float | None = None,
         balance_weight: float = 0.01,
         experts_implementation: str = "eager",
         dropout: float = 0.1,
@@ -49,10 +52,13 @@ class SparseMoEDiscriminator(BackboneDiscriminator):
         max_pixels: int | None = None,
         packed: bool = True,
     ) -> None:
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k is {top_k}: give 1 to num_experts={num_experts}")
-        if noise_std < 0 or balance_weight < 0:
-            raise ValueError(f"noise_std is {noise_std} and balance_weight {balance_weight}: give 0 or more")
+        given = {"num_experts": num_experts, "top_k": top_k, "noise_std": noise_std}
+        upcycling = {name: value for name, value in given.items() if value is not None}
+        if init_heads:
+            upcycling = UPCYCLING | upcycling
+            check_upcycling(**upcycling)
+        if balance_weight < 0:
+            raise ValueError(f"balance_weight is {balance_weight}: give 0 or more")
         settings = {
             "experts": EXPERTS,
             "heads": "shared" if init_heads and heads is None else heads,
@@ -60,13 +66,7 @@ class SparseMoEDiscriminator(BackboneDiscriminator):
             "likelihood_weight": likelihood_weight,
             "max_pixels": max_pixels,
         }
-        load = partial(
-            load_sparse,
-            num_experts=num_experts,
-            top_k=top_k,
-            noise_std=noise_std,
-            experts_implementation=experts_implementation,
-        )
+        load = partial(load_sparse, upcycling=upcycling, experts_implementation=experts_implementation)
         super().__init__(
             load, path, init_heads, settings, dropout, freeze, attn_implementation, gradient_checkpointing, packed
         )
@@ -96,25 +96,46 @@ def load_sparse(
     anew: bool,
     attn_implementation: str,
     *,
-    num_experts: int,
-    top_k: int,
-    noise_std: float,
+    upcycling: Mapping[str, Any],
     experts_implementation: str,
 ) -> Any:
-    """A `Qwen3VLMoeModel`, from its own folder or upcycled from a policy's."""
+    """A `Qwen3VLMoeModel`, from its own folder or upcycled from a policy's.
+
+    Args:
+        upcycling: the numbers of `UPCYCLING`; of a network from its own folder, those that it has to have.
+    """
     from transformers import Qwen3VLModel, Qwen3VLMoeModel
 
     if not anew:
+        check_upcycled(path, upcycling)
         model = load_safetensors(Qwen3VLMoeModel, path, attn_implementation)
         model.set_experts_implementation(experts_implementation)
         return model
-    with whole_construction():
-        dense = load_safetensors(Qwen3VLModel, path, attn_implementation)
     return upcycle(
-        dense,
-        num_experts,
-        top_k,
-        noise_std,
+        Qwen3VLModel.config_class.from_pretrained(path, trust_remote_code=False),
+        partial(load_safetensors, Qwen3VLModel, path, attn_implementation),
+        **upcycling,
         attn_implementation=attn_implementation,
         experts_implementation=experts_implementation,
     )
+
+
+def check_upcycling(num_experts: int, top_k: int, noise_std: float) -> None:
+    """ValueError where the numbers of an upcycling are out of range."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}: give 1 to num_experts={num_experts}")
+    if noise_std < 0:
+        raise ValueError(f"noise_std is {noise_std}: give 0 or more")
+
+
+def check_upcycled(path: str, given: Mapping[str, Any]) -> None:
+    """ValueError where a number is given that the network at `path` was not upcycled with: it would act nowhere."""
+    from transformers import Qwen3VLMoeConfig
+
+    text: Any = Qwen3VLMoeConfig.from_pretrained(path).text_config
+    if "noise_std" in given:
+        raise ValueError(
+            f"noise_std is {given['noise_std']}, and {path!r} is warm-started, its noise long drawn: leave noise_std "
+            "out, or run warmup.yaml anew with it"
+        )
+    refuse_other(path, given, {"num_experts": text.num_experts, "top_k": text.num_experts_per_tok})

@@ -22,7 +22,7 @@ class OnlineRegression:
         num_features: K.
         link: `logistic` or `identity`.
         keep: what a batch still weighs one batch later; 1 never forgets.
-        ridge: precision of the prior on each weight, which never fades.
+        ridge: precision of the prior around 0 on each weight, which never fades: without evidence weights go to 0.
     """
 
     def __init__(self, num_features: int, link: Literal["logistic", "identity"], keep: float, ridge: float) -> None:
@@ -44,7 +44,9 @@ class OnlineRegression:
         prior_KK = self.ridge * torch.eye(len(self.weights_K), dtype=torch.float64)
         seen_KK = x_NK.T @ (variance_N[:, None] * x_NK)
         self.precision_KK = self.keep * self.precision_KK + (1 - self.keep) * prior_KK + seen_KK
-        self.weights_K = self.weights_K + torch.linalg.solve(self.precision_KK, x_NK.T @ (y_N - mean_N))
+        # What the precision forgets and the prior fills up pulls to 0, where the prior lies, not to the last weights.
+        pull_K = x_NK.T @ (y_N - mean_N) - (1 - self.keep) * self.ridge * self.weights_K
+        self.weights_K = self.weights_K + torch.linalg.solve(self.precision_KK, pull_K)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"weights_K": self.weights_K, "precision_KK": self.precision_KK}

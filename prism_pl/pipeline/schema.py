@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import yaml
 
-from prism_pl.errors import UsageError, did_you_mean
+from prism_pl.errors import UsageError, did_you_mean, yaml_fault
 from prism_pl.input_paths import is_input_key
 from prism_pl.shipped import find_config, resolve_path
 
@@ -163,7 +163,7 @@ def read_yaml(file: Path, what: str, key: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise UsageError(f"{shown(file)} is no YAML: {error}") from None
+        raise UsageError(f"{shown(file)} is no YAML: {yaml_fault(str(error))}.") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{shown(file)} holds no {what}: it needs the key {key}. See the shipped {what}.yaml.")
     return tree

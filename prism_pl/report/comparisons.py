@@ -84,14 +84,18 @@ def differences_table(
     return [*markdown_table(["difference", *(f"{a} - {b}" for a, b in pairs)], rows), "", note]
 
 
-def shown_difference(interval: Interval | None, digits: int = 3) -> str:
-    """`+0.078 [+0.046, +0.109] *`; empty where there is none, n/a where nothing was counted."""
+def shown_difference(interval: Interval | None, digits: int = 3, starred: bool = True) -> str:
+    """`+0.078 [+0.046, +0.109] *`; empty where there is none, n/a where nothing was counted.
+
+    Args:
+        starred: whether an interval that excludes 0 gets a star.
+    """
     if interval is None:
         return ""
     if math.isnan(interval.mean):
         return NOT_AVAILABLE
     mean, low, high = (number(value, digits, sign=True) for value in interval[:3])
-    return f"{mean} [{low}, {high}]{' *' if interval.excludes_zero() else ''}"
+    return f"{mean} [{low}, {high}]{' *' if starred and interval.excludes_zero() else ''}"
 
 
 def named_pairs(text: str, runs: Sequence[Run], option: str = "--pairs") -> list[Pair]:

@@ -115,10 +115,7 @@ def _others(stage: Stage) -> list[str]:
             f"governor: held the discriminator back in {push.count(-1)} of {len(push)} batches and pushed it in "
             f"{push.count(1)}; last accuracy {number(accuracy[-1], 3) if accuracy else NOT_AVAILABLE}."
         )
-    settled = _curve(stage, "health/settled")
-    if settled.values:
-        first = [step for step, value in zip(settled.steps, settled.values, strict=True) if value]
-        said.append(f"gaps first flat and quiet at batch {first[0]}." if first else "the gaps did not settle.")
+    said += _settled(stage)
     file = stage.folder / CHOICE
     if file.exists():
         choice = json.loads(file.read_text())
@@ -130,6 +127,17 @@ def _others(stage: Stage) -> list[str]:
                 "results are on test rows."
             )
     return said
+
+
+def _settled(stage: Stage) -> list[str]:
+    """The convergence monitor's verdict: a batch or two of calm between swings is none."""
+    flat, marked = _curve(stage, "health/settled").values, _curve(stage, "health/settled_at")
+    if marked.values:
+        return [f"the gaps had settled at step {marked.values[0]:.0f} (batch {marked.steps[0]})."]
+    if not flat:
+        return []
+    calm = f": flat and quiet in {flat.count(1)} of {len(flat)} batches, never in enough of them in a row"
+    return [f"the gaps did not settle{calm if any(flat) else ''}."]
 
 
 def _or_nan(value: float | None) -> float:

@@ -96,7 +96,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _folder_of(path: Path) -> Path:
     if not path.exists():
-        raise UsageError(f"report {path}: there is no such folder.{_beside(path)}")
+        raise UsageError(
+            f"report {path}: there is no such folder. Give that of a run, such as runs/demo.{_beside(path)}"
+        )
     if path.is_file() and path.name != FILE_NAME:
         raise UsageError(f"report {path}: this is a file. Give the folder of a run, such as {path.parent}.")
     return (path.parent if path.is_file() else path).resolve()

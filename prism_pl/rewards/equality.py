@@ -9,11 +9,13 @@ The rules are exact and cheap (microseconds); the first one that can read both t
    pass (`5 kg` for `5`), two units are converted (`100 cm` is `1 m`), other dimensions differ (`12 cm^2`, `12 cm`);
 4. words, whatever their case;
 5. parts: as many, in order (sets in any order), each by these same rules;
-6. assignments: `x = 3` for `3`, but not for `y = 3`; each side of `3 + 4 = 7` has to be right;
+6. assignments: `x = 3` for `3`, but not for `y = 3`; each side of `3 + 4 = 7` has to be right, and of
+   `2\\sqrt{3} \\approx 3.46` the right one has to be the left one rounded;
 7. mathematics: math-verify, in a process of its own (`symbolic`).
 
-A sum or product left to be worked out (`3 + 4` for `7`) is wrong: the question was its value. Functions, powers and
-roots are taken at their value (`4!` is `24`): they are how some numbers are written.
+What is left to be worked out is wrong, for the question was its value: sums and products (`3 + 4`, `3(4)`), and what
+picks from or runs over several numbers (`\\max(3, 7)`, `\\int`). Functions, powers and roots are taken at their value
+(`4!` is `24`): they are how some numbers are written.
 """
 
 import re
@@ -21,7 +23,7 @@ from fractions import Fraction
 
 from prism_pl.rewards.choice import read_choice
 from prism_pl.rewards.numbers import number, same_number
-from prism_pl.rewards.parts import split_equation, split_parts
+from prism_pl.rewards.parts import is_name, split_equation, split_parts
 from prism_pl.rewards.symbolic import symbolically_equal
 from prism_pl.rewards.text import clean
 from prism_pl.rewards.units import Unit, split_quantity
@@ -38,7 +40,16 @@ _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 _PROSE = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z]{4,}|[a-zA-Z]{2,}\s+[a-zA-Z0-9]|[a-zA-Z]\s+[a-zA-Z]{2,})")
 # math-verify reads "3 4" as 3 + 4, "3:4" as a fraction, "3_4" as 3, and passes over quotation marks.
 _NOT_MATHS = re.compile(r"(?<!_)\d\s+[\d.]|\d\s*[:_]|[\"'?#@&;`]|\.\.")
-_WORKED_OUT = re.compile(r"[\d.}\])]\s*(?:[-+*]|\\times|\\cdot|\\div)\s*[-+]?[\d.\\({\[]")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_OPERATION = re.compile(r"\\(?:max|min|gcd|lcm|sup|inf|det|lim|i*int|sum|prod)(?![a-zA-Z])")
+_WORKED_OUT = re.compile(
+    # The range is Unicode's operators, some of which math-verify multiplies by.
+    r"[\d.}\])!]\s*(?:[-+*\u2200-\u22ff]|\\times|\\cdot|\\div)\s*[-+]?[\d.\\({\[]"
+    # Products without a sign: `3(4)`, but neither `\log_2(8)` nor `3(10^4)`; `(3)(4)`; `3\sqrt{16}`; `\frac{7}{8}8`.
+    r"|(?<![_\d])\d+\s*\((?!\s*10\b)|\)\s*[\d(]|\d\s*\\sqrt"
+    r"|\\(?:frac\s*\{[^{}]*\}\s*|sqrt\s*(?:\[\d+\]\s*)?)\{[^{}]*\}\s*[\d(\\]"
+)
+_APPROX = re.compile(r"\\approx(?![a-zA-Z])")
 _LARGE_FACTORIAL = re.compile(r"\d{5,}\)?\s*!")
 _REGION = re.compile(r"[<>]|\\(?:le|ge|cup|cap|in|begin)(?![a-zA-Z])")
 _TOWER = re.compile(r"\d+(?:\s*\^\s*\{?\s*\(?\s*\d+)+")
@@ -79,7 +90,7 @@ def _equal(answer: str, truth: str) -> bool:
     """The rules, in order, on cleaned texts. Each of them returns None when it cannot read both."""
     if answer == truth:
         return True
-    for rule in (_equal_choice, _equal_quantity, _equal_words, _equal_parts, _equal_assignment):
+    for rule in (_equal_choice, _equal_quantity, _equal_words, _equal_parts, _equal_assignment, _equal_rounded):
         verdict = rule(answer, truth)
         if verdict is not None:
             return verdict
@@ -179,6 +190,21 @@ def _equal_assignment(answer: str, truth: str) -> bool | None:
     return steps and _equal(values[-1], true_values[0])
 
 
+def _equal_rounded(answer: str, truth: str) -> bool | None:
+    """`2\\sqrt{3} \\approx 3.46` and `x \\approx 3.46`, where the truth is one of the sides."""
+    sides = [side.strip() for side in _APPROX.split(answer)]
+    if len(sides) == 1 or _APPROX.search(truth):
+        return None
+    exact, rounded = sides[0], sides[-1]
+    if len(sides) > 2 or not exact or not rounded:
+        return False
+    value = split_quantity(rounded)[0]
+    decimals = len(value.partition(".")[2]) if number(value) is not None else 0
+    if same_when_rounded(exact, rounded, decimals):
+        return _equal(exact, truth) or _equal(rounded, truth)
+    return is_name(exact) and _equal(rounded, truth)
+
+
 def _equal_maths(answer: str, truth: str, arithmetic: bool = False) -> bool:
     if not (_is_maths(answer) and _is_maths(truth)):
         return False
@@ -206,9 +232,10 @@ def _is_maths(text: str) -> bool:
 
 
 def _is_arithmetic(text: str) -> bool:
-    """Whether plain numbers are left to be added, subtracted or multiplied: `3 + 4`."""
-    letters = re.sub(r"\\(?:times|cdot|div|frac)(?![a-zA-Z])", "", text)
-    return not re.search(r"[a-zA-Z]", letters) and bool(_WORKED_OUT.search(text))
+    """Whether plain numbers are left to be added, multiplied or chosen from: `3 + 4`, `3(4)`, `\\max(3, 7)`."""
+    if _OPERATION.search(text):
+        return True
+    return not re.search(r"[a-zA-Z]", _COMMAND.sub("", text)) and bool(_WORKED_OUT.search(text))
 
 
 def _is_huge(text: str) -> bool:

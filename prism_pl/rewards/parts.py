@@ -88,6 +88,11 @@ def _closes_at_end(text: str) -> bool:
 def split_equation(text: str) -> tuple[str, list[str]]:
     """Split `x = 2 + 3 = 5` into the name on the left, or "", and the values: ("x", ["2 + 3", "5"])."""
     sides = [side.strip() for side in _EQUALS.split(text)]
-    if len(sides) > 1 and _NAME.fullmatch(sides[0]):
+    if len(sides) > 1 and is_name(sides[0]):
         return sides[0].replace(" ", ""), sides[1:]
     return "", sides
+
+
+def is_name(text: str) -> bool:
+    """Whether a text may name a value: `x`, `\\angle ABC`, `f(x)`."""
+    return bool(_NAME.fullmatch(text))

@@ -12,6 +12,7 @@ _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+", st
 _SIGNS = {"×": "\\times ", "·": "\\cdot ", "÷": "/", "π": "\\pi ", "√": "sqrt", "∞": "\\infty ", "±": "\\pm "} | {
     "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "μ": "µ", "º": "°", "∪": "\\cup ", "∈": "\\in ", "’": "'", "“": '"',
     "”": '"',
+    "≈": "\\approx ", "∗": "*", "⋅": "\\cdot ", "∙": "\\cdot ",
 }  # fmt: skip
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _TRANSLATION = _FULL_WIDTH | str.maketrans({**dict.fromkeys(_MINUS, "-"), **_SIGNS})

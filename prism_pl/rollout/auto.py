@@ -22,11 +22,12 @@ class AutoEngine:
 
     Args:
         batch_size: sequences decoded at once.
+        max_images: most images in a prompt; transformers takes any number.
     """
 
-    def __init__(self, batch_size: int = 256) -> None:
+    def __init__(self, batch_size: int = 256, max_images: int = 4) -> None:
         self.fallback = TransformersEngine(batch_size)
-        self.preferred = VLLMEngine(max_num_seqs=batch_size)
+        self.preferred = VLLMEngine(max_num_seqs=batch_size, max_images=max_images)
         self.engine: RolloutEngine | None = None
 
     def start(self, policy: Any, processor: Processor, *, rank: int) -> None:

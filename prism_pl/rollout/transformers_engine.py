@@ -176,7 +176,9 @@ def left_padded(prompts: Sequence[Prompt], pad_id: int, device: torch.device) ->
 
 def _prefill(model: Any, prompts: Sequence[Prompt], ids_PS: Tensor, mask_PS: Tensor, positions_3PS: Tensor) -> Any:
     """The key-value cache of all prompt tokens but the last, which `generate` reads itself."""
-    from transformers import DynamicCache
+    from transformers.cache_utils import Cache
+
+    from prism_pl.rollout.growing_cache import GrowingLayer
 
     ids_PS = ids_PS[:, :-1]
     embeds = model.get_input_embeddings()(ids_PS)
@@ -195,7 +197,7 @@ def _prefill(model: Any, prompts: Sequence[Prompt], ids_PS: Tensor, mask_PS: Ten
         inputs_embeds=embeds,
         attention_mask=mask_PS[:, :-1],
         position_ids=positions_3PS[:, :, :-1],
-        past_key_values=DynamicCache(config=model.config.text_config),
+        past_key_values=Cache(layer_class_to_replicate=GrowingLayer),
         use_cache=True,
         visual_pos_masks=visual_PS,
         deepstack_visual_embeds=deepstack,

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,13 @@ def version_of(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def cache_folder() -> Path:
+    """Where ours may lie beside what vLLM keeps from one run to the next."""
+    from vllm import envs
+
+    return Path(envs.VLLM_CACHE_ROOT) / "prism_pl"
+
+
 def engine_options(on_cpu: bool) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that depend on the build."""
     if on_cpu:
@@ -57,6 +65,20 @@ def engine_options(on_cpu: bool) -> dict[str, Any]:
 def eager(on_cpu: bool) -> Any:
     """A context in which vLLM compiles nothing, on a CPU: helper functions of its sampler would take half a minute."""
     return torch.compiler.set_stance("force_eager") if on_cpu else nullcontext()
+
+
+@contextmanager
+def own_arithmetic(device_type: str) -> Iterator[None]:
+    """vLLM computes as by itself meanwhile: the trainer's autocast would cast the inputs of its own kernels, and a
+    network that ZeRO-3 has sharded leaves DeepSpeed's linear function in the place of torch's, for all the process."""
+    functional: Any = torch.nn.functional
+    replaced = functional.linear
+    functional.linear = torch._C._nn.linear
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        functional.linear = replaced
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 from prism_pl.rollout.probe import Probe
 from prism_pl.rollout.ranks import RankCheck, TensorGroup
 from prism_pl.rollout.vllm_launch import Dtype, Launched, LaunchOptions
-from prism_pl.rollout.vllm_limits import check_fits, check_temperature
+from prism_pl.rollout.vllm_limits import check_fits, check_images, check_temperature
 from prism_pl.rollout.vllm_sync import WeightSender
 
 
@@ -68,6 +68,8 @@ class VLLMEngine:
         self.options = LaunchOptions(
             tensor_parallel, dtype, max_model_len, max_num_seqs, max_images, gpu_memory, kv_cache_mb
         )
+        # What `data check` knows of an engine that was not started, see `prism_pl.row_needs.HasLimits`.
+        self.max_model_len, self.max_images = max_model_len, max_images
         self.sleeps = sleep
         self.launched: Launched | None = None
         self.dead: str | None = None
@@ -142,6 +144,7 @@ class VLLMEngine:
     def _prompt(self, example: Example, sampling: Sampling) -> tuple[dict[str, Any], list[int]]:
         """vLLM's request, and the prompt ids that it must come to."""
         assert self.launched is not None
+        check_images(len(example.images), self.options.max_images, example.id)
         images = [open_image(image, example.id) for image in example.images]
         text = self.processor.prompt_text(example)
         ids = self.processor.prompt_ids(text, images)
@@ -185,7 +188,7 @@ class VLLMEngine:
                 broken.append(error)
 
         try:
-            with vllm_compat.watching(llm, told):
+            with vllm_compat.own_arithmetic("cpu" if self.on_cpu else "cuda"), vllm_compat.watching(llm, told):
                 llm.generate(requests, params, use_tqdm=False)
         except Exception as error:
             self.dead = f"{type(error).__name__}: {error}"

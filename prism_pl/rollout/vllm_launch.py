@@ -6,12 +6,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 
+from prism_pl.fingerprint import hash_path
 from prism_pl.policy import save_processor
 from prism_pl.processor import Processor
 from prism_pl.rollout import vllm_compat
@@ -52,25 +54,23 @@ class Launched:
         vllm = vllm_compat.import_vllm()
         device = policy.get_input_embeddings().weight.device
         self.on_cpu = device.type == "cpu"
-        # vLLM reads processor files when it likes: the folder lives as long as the engine.
-        self._folder = TemporaryDirectory(prefix="prism-engine-")
-        write_blank(policy, processor, Path(self._folder.name))
+        folder = blank_folder(partial(write_blank, policy, processor), vllm_compat.cache_folder())
         vllm_compat.keep_process_groups()
         _join_group(device)
-        with vllm_compat.process_state(), vllm_compat.eager(self.on_cpu), _rank_in_environment(device):
+        own = vllm_compat.own_arithmetic(device.type)
+        with vllm_compat.process_state(), vllm_compat.eager(self.on_cpu), _rank_in_environment(device), own:
             try:
                 self.llm = vllm.LLM(
-                    model=self._folder.name,
+                    model=str(folder),
                     load_format=vllm_compat.register_loader(fill),
                     **_llm_options(options, self.on_cpu),
                     **vllm_compat.engine_options(self.on_cpu),
                 )
             except BaseException:
                 _leave_groups()
-                self._folder.cleanup()
                 raise
         # A run that fails is not torn down by Lightning: then the engine goes when it is collected.
-        self._put_away = weakref.finalize(self, _put_away, self.llm, self._folder)
+        self._put_away = weakref.finalize(self, _put_away, self.llm)
         _running.add(id(self.llm))
         model_config = self.llm.llm_engine.vllm_config.model_config
         self.dtype: torch.dtype = model_config.dtype
@@ -82,16 +82,39 @@ class Launched:
         self._put_away()
 
 
-def _put_away(llm: Any, folder: TemporaryDirectory[str]) -> None:
+def _put_away(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
     _running.remove(id(llm))
     _leave_groups()
-    folder.cleanup()
 
 
 def _leave_groups() -> None:
     if not _running:
         vllm_compat.leave_process_groups(torchs_own=_own_group)
+
+
+def blank_folder(write: Callable[[Path], None], within: Path) -> Path:
+    """A folder of what `write` writes, named by its content, so that the same policy has the same folder in each run
+    and rank: the model's path is a part of the name of vLLM's compiled graphs. It stays, as these do.
+
+    Args:
+        write: fills an empty folder.
+        within: where the folder comes to lie, beside others.
+    """
+    within.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="new-", dir=within) as made:
+        new = Path(made) / "blank"
+        new.mkdir()
+        write(new)
+        folder = within / hash_path(new)
+        if folder.is_dir() and hash_path(folder) != folder.name:  # something has cleared a part of it away
+            folder.rename(Path(made) / "broken")
+        try:
+            new.rename(folder)
+        except OSError:  # another rank or run was first
+            if not folder.is_dir():
+                raise
+    return folder
 
 
 def write_blank(policy: Any, processor: Processor, folder: Path) -> None:

@@ -26,3 +26,9 @@ def check_fits(num_prompt: int, sampling: Sampling, longest: int, row: str, reme
             f"row {row!r}: a prompt of {num_prompt} tokens and sampling.max_tokens={sampling.max_tokens} do "
             f"not fit into the engine's {longest}: {remedy}, or lower max_tokens"
         )
+
+
+def check_images(num_images: int, most: int, row: str) -> None:
+    """ValueError where a prompt has more images than the engine was started for: vLLM would stop for good."""
+    if num_images > most:
+        raise ValueError(f"row {row!r} has {num_images} images, and the engine takes {most}: raise its max_images")

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from prism_pl.policy import fresh_temporary, put_in_place
+from prism_pl.checkpoint_files import put_in_place
+from prism_pl.policy import fresh_temporary
 from prism_pl.rollout.bucket import Bucket
 
 

@@ -5,7 +5,7 @@ import importlib
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from prism_pl.lora import has_lora
 from prism_pl.optim import clip_gradients
 from prism_pl.parent import end_with_parent
-from prism_pl.strategy.sharding import is_sharded
+from prism_pl.strategy.sharding import finer_than_bf16, is_sharded, restore_masters
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -113,9 +113,10 @@ def check_clipping(trainer: Trainer) -> None:
 
 
 def start_engine(network: nn.Module, optimizer: Optimizer, config: dict[str, Any]) -> Any:
-    """The engine of a trained network."""
+    """The engine of a trained network. Its master weights are the network's float32 ones."""
     import deepspeed
 
+    finer = finer_than_bf16(network) if config["bf16"]["enabled"] else {}
     _prepare(network, config)
     parameters: Any = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     engine, *_ = deepspeed.initialize(
@@ -126,6 +127,8 @@ def start_engine(network: nn.Module, optimizer: Optimizer, config: dict[str, Any
         config=config,
         dist_init_required=False,
     )
+    if config["bf16"]["enabled"]:
+        restore_masters(network, finer)  # they are made of weights that are rounded already
     return engine
 
 
@@ -138,9 +141,8 @@ def hold_frozen(network: nn.Module, config: dict[str, Any]) -> None:
 
 def _prepare(network: nn.Module, config: dict[str, Any]) -> None:
     """At stage 3: what was made outside of transformers takes the precision of the rest, which DeepSpeed expects of a
-    network that it finds sharded; and mixture layers whose experts are modules of their own are gathered whole, so that
-    ranks that route to other experts gather alike. Experts stacked in one weight are gathered whole anyway, and a layer
-    marked so bears but one pass a backward pass."""
+    network that it finds sharded. A mixture's experts need no mark as DeepSpeed's leaf modules: they are stacked in
+    weights of one module, gathered whole around its call, so ranks that route to other experts gather alike."""
     if config["zero_optimization"]["stage"] != 3:
         return
     if has_lora(network):
@@ -149,11 +151,6 @@ def _prepare(network: nn.Module, config: dict[str, Any]) -> None:
         for parameter in network.parameters():
             if not is_sharded(parameter):
                 parameter.data = parameter.data.bfloat16()
-    from deepspeed.utils import set_z3_leaf_module
-
-    for module in network.modules():
-        if isinstance(dict(module.named_children()).get("experts"), nn.ModuleList):
-            set_z3_leaf_module(module, True)
 
 
 def _place() -> Namespace:
@@ -175,6 +172,35 @@ def backward(engine: Any, loss: Tensor) -> None:
     engine.backward(loss)
 
 
+def save_shards(engine: Any, folder: str, tag: str) -> None:
+    """Write an engine's shards. Every rank comes here, and whatever stops one from writing its files is raised there
+    once all are through: DeepSpeed lets ranks wait for each other between its files."""
+    failures: list[Exception] = []
+
+    def kept(act: Callable[..., Any]) -> Callable[..., Any]:
+        def tried(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return act(*args, **kwargs)
+            except Exception as error:
+                failures.append(error)
+
+        return tried
+
+    # What touches the disk, each to be tried. The scripts that are copied along are not needed: `consolidated` reads.
+    writer = engine.checkpoint_engine
+    writer.save, writer.makedirs, engine._copy_recovery_script = (
+        kept(writer.save),
+        kept(writer.makedirs),
+        lambda _: None,
+    )
+    try:
+        engine.save_checkpoint(folder, tag=tag, save_latest=False)
+    finally:
+        del writer.save, writer.makedirs, engine._copy_recovery_script
+    if failures:
+        raise failures[0]
+
+
 def step(engine: Any, max_norm: float | None) -> Tensor:
     """Clip and step. Returns the gradients' norm over all ranks, from before; no step where it is not finite."""
     if not engine.zero_optimization():
@@ -194,14 +220,3 @@ def _step_unsharded(engine: Any, max_norm: float | None) -> Tensor:
     else:
         engine.zero_grad()
     return norm
-
-
-def park(engine: Any) -> None:
-    """Move the optimiser's state into pinned CPU memory, until `engine.reload_states`."""
-    from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
-
-    engine.offload_states(
-        include=[OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params],
-        device=OffloadDeviceEnum.cpu,
-        pin_memory=torch.cuda.is_available(),
-    )

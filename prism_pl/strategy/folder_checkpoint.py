@@ -18,16 +18,26 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from prism_pl.checkpoint_files import PARTIAL, not_written, remove, sync_folder, whole_file
+from prism_pl.checkpoint_files import (
+    PARTIAL,
+    CheckpointNotWritten,
+    not_written,
+    put_in_place,
+    remove,
+    sync_folder,
+    whole_file,
+)
 from prism_pl.errors import UsageError
-from prism_pl.strategy.other_ranks import convert
+from prism_pl.strategy.engines import save_shards
+from prism_pl.strategy.other_ranks import convert, forget_held_back
+from prism_pl.strategy.ranks import gathered_values
 
 if TYPE_CHECKING:
     from prism_pl.strategy.multi_engine import MultiEngineDeepSpeedStrategy
 
 MANIFEST = "manifest.json"
 TAG = "shards"
-UNIVERSAL = ".universal"
+UNIVERSAL = f".universal{PARTIAL}"  # a kill while cutting anew leaves it to the next start to remove
 
 
 class FolderCheckpoint:
@@ -53,6 +63,8 @@ class FolderCheckpoint:
         partial = path.with_name(path.name + PARTIAL)
         self._together(path, lambda: self._begin(partial), only_first=True)
         self._together(path, lambda: self._write(checkpoint, partial))
+        for name, engine in self.strategy.engines.items():
+            self._together(path, lambda folder=str(partial / name), engine=engine: save_shards(engine, folder, TAG))
         self._together(path, lambda: _put_in_place(partial, path), only_first=True)
 
     def _begin(self, partial: Path) -> None:
@@ -65,22 +77,26 @@ class FolderCheckpoint:
     def _write(self, checkpoint: dict[str, Any], partial: Path) -> None:
         with whole_file(partial / _rank_file(self.strategy.global_rank)) as file:
             torch.save(checkpoint, file)
-        for name, engine in self.strategy.engines.items():
-            engine.save_checkpoint(str(partial / name), tag=TAG, save_latest=False)
 
     def _together(self, path: Path, act: Callable[[], None], only_first: bool = False) -> None:
-        """Act on every rank, or the first alone, and go on when all have. One that failed is an error on all."""
-        failure = None
+        """Act on every rank, or the first alone, and go on when all have. One that failed is an error on all; `act`
+        must not wait for other ranks where it may fail."""
+        failure: Exception | None = None
         if self.strategy.is_global_zero or not only_first:
             try:
                 act()
             except (OSError, RuntimeError) as error:  # torch.save wraps what the file system says in a RuntimeError
                 failure = not_written(path, error)
-        failures: list[Any] = [None] * self.strategy.world_size
-        torch.distributed.all_gather_object(failures, failure)
-        for failed in failures:
-            if failed is not None:
-                raise failed
+            except Exception as error:
+                failure = error
+        # The words alone: not every error can be sent.
+        words = None if failure is None else (isinstance(failure, CheckpointNotWritten), str(failure) or repr(failure))
+        failed = [each for each in gathered_values(words) if each is not None]
+        if failure is not None:
+            raise failure
+        if failed:
+            not_on_disk, said = failed[0]
+            raise CheckpointNotWritten(said) if not_on_disk else RuntimeError(f"another process stopped: {said}")
 
     def load(self, path: Path) -> dict[str, Any]:
         """Lightning's state of this rank. The networks are loaded by `load_networks`. UsageError where this is no
@@ -97,7 +113,13 @@ class FolderCheckpoint:
             )
         self.loaded = path
         rank = min(self.strategy.global_rank, manifest["ranks"] - 1)
-        return torch.load(path / _rank_file(rank), map_location="cpu", weights_only=True)
+        state = torch.load(path / _rank_file(rank), map_location="cpu", weights_only=True)
+        if manifest["ranks"] != world and forget_held_back(state):
+            rank_zero_info(
+                f"{path} is of {manifest['ranks']} processes, and this run has {world}: the groups that dynamic "
+                "sampling held back are lost, and it fills up anew"
+            )
+        return state
 
     def load_networks(self, networks: Mapping[str, nn.Module]) -> None:
         """Once there are engines: weights and optimisers' states from the folder that `load` was given, if any."""
@@ -167,16 +189,14 @@ def _rank_file(rank: int) -> str:
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
-    """Give a finished folder its name. All of it is on the disk before."""
+    """Give a finished folder its name, in the place of an older one. All of it is on the disk before."""
     for file in partial.rglob("*"):
         if file.is_dir():
             sync_folder(file)
         else:
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-    remove(path)
-    os.replace(partial, path)
-    sync_folder(path.parent)
+    put_in_place(partial, path)
 
 
 @contextmanager

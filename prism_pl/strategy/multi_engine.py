@@ -26,6 +26,7 @@ from prism_pl.strategy import engines as making
 from prism_pl.strategy.checks import check_equal_batches
 from prism_pl.strategy.engine_config import EngineOptions, check_names, engine_config
 from prism_pl.strategy.folder_checkpoint import FolderCheckpoint
+from prism_pl.strategy.parking import Parking
 from prism_pl.strategy.sharding import load_whole_state
 from prism_pl.strategy.weights_only import NetworksOnly
 
@@ -37,8 +38,9 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         stage, offload_optimizer, offload_params, precision, config: of every engine, see `EngineOptions`. None for the
             precision follows trainer.precision.
         engines: what differs for a network, by its name in the module: `{policy: {stage: 3}}`.
-        park_optimizer_states: keep each player's optimiser state in pinned CPU memory but for its own step. Two players
-            then need the GPU memory of one, at the price of a copy each way a step.
+        park_optimizer_states: keep each player's optimiser state and float32 master weights in pinned CPU memory but
+            for its own step, at any stage (what `offload_optimizer` keeps there is there). Two players then need the
+            GPU memory of one, at the price of a copy each way a step, and CPU memory as in `Parking`.
         timeout_minutes: how long a rank waits for the others before the run ends with an error. The longest wait is for
             the rank with the longest rollouts.
     """
@@ -71,6 +73,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         self.options = engines or {}
         self.park_optimizer_states = park_optimizer_states
         self.engines: dict[str, Any] = {}
+        self.parking: dict[str, Parking] = {}
         self.saved = FolderCheckpoint(self)
         self._max_norms: dict[str, float | None] = {}
         self._norms: dict[str, Tensor] = {}
@@ -124,8 +127,11 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             self.setup_optimizers(trainer)
             self.engines = self._start_engines(networks)
         self.saved.load_networks(networks)
-        for engine in self.engines.values():
-            self._park(engine)
+        if self.park_optimizer_states:
+            here = (name for name in self.engines if not self.options_of(name).offload_optimizer)
+            self.parking = {name: Parking(self.engines[name]) for name in here}
+        for parking in self.parking.values():
+            parking.park()
         self.barrier("engines")
 
     def _start_engines(self, networks: dict[str, nn.Module]) -> dict[str, Any]:
@@ -191,22 +197,16 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
 
     def step(self, name: str) -> None:
         """Reduce what is left to reduce, clip, step, and forget the gradients. No step where the norm is not finite."""
-        engine, max_norm = self.engines[name], self._max_norms.get(name)
-        self._fetch(engine)
-        self._norms[name] = making.step(engine, max_norm)
-        self._park(engine)
+        parking = self.parking.get(name)
+        if parking is not None:
+            parking.fetch()
+        self._norms[name] = making.step(self.engines[name], self._max_norms.get(name))
+        if parking is not None:
+            parking.park()
 
     def gradient_norm(self, name: str) -> Tensor:
         """The norm over all ranks before clipping, of the last step; not finite where none was taken."""
         return self._norms[name]
-
-    def _park(self, engine: Any) -> None:
-        if self.park_optimizer_states:
-            making.park(engine)
-
-    def _fetch(self, engine: Any) -> None:
-        if self.park_optimizer_states:
-            engine.reload_states()
 
     @property
     def lightning_restore_optimizer(self) -> bool:

@@ -7,6 +7,7 @@ of its own, of which every rank then takes its part.
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from prism_pl.checkpoint_files import remove
 
@@ -29,3 +30,14 @@ def convert(source: Path, target: Path, names: Iterable[str], tag: str) -> None:
                 inject_missing_state=True,
             )
         )
+
+
+def forget_held_back(state: dict[str, Any]) -> bool:
+    """Empty dynamic sampling's buffer in Lightning's state of one rank: each rank held back groups of its own, and
+    other ranks have no place for them. Returns whether the buffer was being filled."""
+    if "rlvr" not in state:
+        return False
+    buffer = state["rlvr"]["buffer"]
+    waited = buffer["refills"] > 0
+    buffer |= {"groups": [], "refills": 0}
+    return waited

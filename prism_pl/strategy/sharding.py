@@ -109,6 +109,62 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Tensor], names: Iter
         with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
             if is_first_rank():
                 target.copy_(state[name])
+            if target.dtype == torch.bfloat16:
+                _keep_exact_part(target, state.get(name))
+
+
+EXACT = "prism_exact_part"  # on a sharded parameter: this rank's part of what it was loaded with, float32
+
+
+def _keep_exact_part(target: Tensor, value: Tensor | None) -> None:
+    """Leave on a bf16 parameter, which is whole now, this rank's part of the float32 values that it was loaded with,
+    where they are finer, for the master weights to start from.
+
+    Args:
+        value: on the first rank; not looked at on others.
+    """
+    exact = torch.empty_like(target, dtype=torch.float32)
+    if is_first_rank():
+        assert value is not None
+        exact.copy_(value)
+    finer = (exact != target).any()  # on other ranks of nothing yet
+    torch.distributed.broadcast(finer, 0)
+    if not finer:
+        return
+    torch.distributed.broadcast(exact, 0)
+    setattr(target, EXACT, _own_part(exact, target))
+
+
+def _own_part(whole: Tensor, sharded: Any) -> Tensor:
+    """This rank's part of whole values, padded with zeros as the parameter's is, in the CPU's memory."""
+    size, rank = sharded.ds_tensor.numel(), torch.distributed.get_rank()
+    mine = whole.flatten()[rank * size : (rank + 1) * size].cpu()
+    return nn.functional.pad(mine, (0, size - len(mine)))
+
+
+def finer_than_bf16(network: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Copies, in the CPU's memory, of whole float32 weights that are trained and that bf16 would round."""
+    trained = (p for p in network.parameters() if p.requires_grad and p.dtype == torch.float32 and not is_sharded(p))
+    return {p: p.detach().to("cpu", copy=True) for p in trained if bool((p.bfloat16() != p).any())}
+
+
+def restore_masters(network: nn.Module, finer: Mapping[nn.Parameter, Tensor]) -> None:
+    """Let the master weights of a bf16 engine start from what was loaded, not from its rounding.
+
+    Args:
+        finer: of `finer_than_bf16`; what was sharded before has its part on it.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    for parameter in network.parameters():
+        if parameter in finer and not is_sharded(parameter):
+            safe_set_full_fp32_param(parameter, finer[parameter].to(parameter.device))
+        elif parameter in finer:
+            safe_set_local_fp32_param(parameter, _own_part(finer[parameter], parameter))
+        elif hasattr(parameter, EXACT):
+            if parameter.requires_grad:
+                safe_set_local_fp32_param(parameter, getattr(parameter, EXACT))
+            delattr(parameter, EXACT)
 
 
 def builds_sharded() -> bool:

@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from prism_pl.strategy.folder_checkpoint import consolidated
+from prism_pl.strategy.other_ranks import forget_held_back
 
 LOST = (
     "Lost: the optimisers' states, which begin anew; the random draws of ranks other than the first; the groups that "
@@ -29,8 +30,7 @@ class NetworksOnly(CheckpointIO):
         path = Path(path)
         state = consolidated(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
         state["optimizer_states"] = []
-        if "rlvr" in state:
-            state["rlvr"]["buffer"] |= {"groups": [], "refills": 0}
+        forget_held_back(state)
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
