@@ -64,8 +64,10 @@ def _read(config: dict[str, Any], complete: Complete) -> dict[str, Any] | None:
 def _value(config: Any, keys: Sequence[str | int]) -> Any:
     """What stands at these keys; ABSENT where nothing does."""
     for key in keys:
-        places = range(len(config)) if isinstance(config, list) else config if isinstance(config, dict) else ()
-        if key not in places:
+        inside: dict[Any, Any] = {}
+        if isinstance(config, dict | list):
+            inside = dict(enumerate(config)) if isinstance(config, list) else config
+        if key not in inside:
             return ABSENT
-        config = config[key]
+        config = inside[key]
     return config
