@@ -233,3 +233,29 @@ def test_it_fits_the_protocol():
     assert isinstance(TransformersEngine(), RolloutEngine)
     with pytest.raises(ValueError, match="batch_size is 0"):
         TransformersEngine(0)
+
+
+def test_a_cache_that_appends_in_place_holds_what_transformers_own_would():
+    from transformers.cache_utils import DynamicLayer
+
+    from prism_pl.rollout.growing_cache import ROOM, GrowingLayer
+
+    torch.manual_seed(0)
+    own, theirs = GrowingLayer(), DynamicLayer()
+    for step, length in enumerate((5, 1, 1, ROOM, 1, 2)):
+        if step == 2:  # rows chosen anew: the buffer no longer holds what the layer does
+            for layer in (own, theirs):
+                layer.batch_select_indices(torch.tensor([0, 0, 1]))
+        rows = 2 if step < 2 else 3
+        states = torch.randn(2, rows, 2, length, 4)
+        for held, wanted in zip(own.update(*states), theirs.update(*states), strict=True):
+            assert torch.equal(held, wanted)
+    assert own.get_seq_length() == theirs.get_seq_length() == 10 + ROOM
+
+
+def test_a_token_is_appended_without_copying_those_before_it():
+    from prism_pl.rollout.growing_cache import GrowingLayer
+
+    layer = GrowingLayer()
+    keys, _ = layer.update(torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4))
+    assert layer.update(torch.randn(2, 2, 1, 4), torch.randn(2, 2, 1, 4))[0].data_ptr() == keys.data_ptr()

@@ -73,14 +73,14 @@ class TextOnlyDiscriminator(DedicatedMoEDiscriminator):
 
 def load_dedicated(path: str, anew: bool, attn_implementation: str) -> Any:
     """A `DedicatedQwen3VLModel`, from its own folder or grown from a policy's."""
-    from transformers import Qwen3VLModel
+    from transformers import Qwen3VLConfig, Qwen3VLModel
 
     from prism_pl.discriminator.dedicated_model import DedicatedQwen3VLModel, dedicate
 
     if not anew:
         return load_safetensors(DedicatedQwen3VLModel, path, attn_implementation)
     return dedicate(
-        Qwen3VLModel.config_class.from_pretrained(path, trust_remote_code=False),
+        Qwen3VLConfig.from_pretrained(path),
         partial(load_safetensors, Qwen3VLModel, path, attn_implementation),
         attn_implementation,
     )

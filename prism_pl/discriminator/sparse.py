@@ -104,7 +104,7 @@ def load_sparse(
     Args:
         upcycling: the numbers of `UPCYCLING`; of a network from its own folder, those that it has to have.
     """
-    from transformers import Qwen3VLModel, Qwen3VLMoeModel
+    from transformers import Qwen3VLConfig, Qwen3VLModel, Qwen3VLMoeModel
 
     if not anew:
         check_upcycled(path, upcycling)
@@ -112,7 +112,7 @@ def load_sparse(
         model.set_experts_implementation(experts_implementation)
         return model
     return upcycle(
-        Qwen3VLModel.config_class.from_pretrained(path, trust_remote_code=False),
+        Qwen3VLConfig.from_pretrained(path),
         partial(load_safetensors, Qwen3VLModel, path, attn_implementation),
         **upcycling,
         attn_implementation=attn_implementation,

@@ -23,11 +23,12 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
-        self.keys = self._append("keys", self.keys, length, key_states)
-        self.values = self._append("values", self.values, length, value_states)
+        self.keys = self._append("keys", length, key_states)
+        self.values = self._append("values", length, value_states)
         return self.keys, self.values
 
-    def _append(self, name: str, held_BHSD: Tensor, length: int, states_BHTD: Tensor) -> Tensor:
+    def _append(self, name: str, length: int, states_BHTD: Tensor) -> Tensor:
+        held_BHSD = getattr(self, name)
         buffer, view = self._buffers.get(name, (None, None))
         end = length + states_BHTD.shape[2]
         # Rows that were selected since, or a length that was cut, are another tensor than the view.

@@ -72,8 +72,9 @@ def own_arithmetic(device_type: str) -> Iterator[None]:
     """vLLM computes as by itself meanwhile: the trainer's autocast would cast the inputs of its own kernels, and a
     network that ZeRO-3 has sharded leaves DeepSpeed's linear function in the place of torch's, for all the process."""
     functional: Any = torch.nn.functional
+    own: Any = torch._C
     replaced = functional.linear
-    functional.linear = torch._C._nn.linear
+    functional.linear = own._nn.linear
     try:
         with torch.autocast(device_type, enabled=False):
             yield
