@@ -157,7 +157,7 @@ class DiscriminatorModule(LightningModule):
                 self._log(f"warmup/pair_{name}/{expert}", metrics[name])
         self._log("warmup/loss", loss.detach(), prog_bar=True)
         self._log("warmup/malformed", 1 - valid_B.float().mean())
-        self._log("warmup/pairs", valid_B.float().sum())
+        self._log("warmup/pairs", valid_B.float().sum(), reduce_fx="sum")
         for name, value in rolled.diagnostics.items():
             self._log(f"warmup/{name}", value)
         return loss
