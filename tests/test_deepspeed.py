@@ -122,7 +122,7 @@ def test_states_that_lie_elsewhere_between_steps_step_alike(told_of, stage, opti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_parked_masters_of_bf16_weights_are_stepped_and_saved_as_others_are(ranks, told_of, tmp_path, stage):
     options: dict[str, Any] = {"strategy": stage, "precision": "bf16-mixed", "optimizer": "AdamW"}
     parked = options | {"options": {"park_optimizer_states": True}, "saved": True}
