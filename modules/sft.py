@@ -18,11 +18,11 @@ from prism_pl.batch import Example, SequenceBatch, micro_batches
 from prism_pl.batch_draws import BatchDraws
 from prism_pl.logprobs import token_logps
 from prism_pl.losses import masked_nll
-from prism_pl.optim import Schedule, build_optimizer, check_finite, check_gradients, lr_scheduler
+from prism_pl.optim import Schedule, build_optimizer, check_finite, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy, save_policy
 from prism_pl.processor import Processor
 from prism_pl.row_needs import RowNeeds
-from prism_pl.strategy import building, check_trainer, share
+from prism_pl.strategy import building, check_gradients, check_trainer, share
 
 
 class SFTCollator:
@@ -114,7 +114,7 @@ class SFTModule(LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        check_gradients(self.policy.parameters(), "the policy's gradient norm", self._rows)
+        check_gradients(self, "policy", self._rows)
 
     def _nll_sum(self, batch: SequenceBatch) -> Tensor:
         pieces = list(micro_batches(batch, self.micro_batch_tokens))

@@ -24,12 +24,12 @@ from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back
 from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.losses import soft_clip
-from prism_pl.optim import Schedule, build_optimizer, check_finite, check_gradients, lr_scheduler
+from prism_pl.optim import Schedule, build_optimizer, check_finite, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
 from prism_pl.row_needs import RowNeeds, with_discriminator, with_engine
-from prism_pl.strategy import building, check_trainer
+from prism_pl.strategy import building, check_gradients, check_trainer
 
 
 class DiscriminatorModule(LightningModule):
@@ -157,13 +157,13 @@ class DiscriminatorModule(LightningModule):
                 self._log(f"warmup/pair_{name}/{expert}", metrics[name])
         self._log("warmup/loss", loss.detach(), prog_bar=True)
         self._log("warmup/malformed", 1 - valid_B.float().mean())
-        self._log("warmup/pairs", valid_B.float().sum())
+        self._log("warmup/pairs", valid_B.float().sum(), reduce_fx="sum")
         for name, value in rolled.diagnostics.items():
             self._log(f"warmup/{name}", value)
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        check_gradients(self.discriminator.parameters(), "the discriminator's gradient norm", self._rows)
+        check_gradients(self, "discriminator", self._rows)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         new = [example for example in batch.examples if example.id not in self._held_out]

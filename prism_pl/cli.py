@@ -54,7 +54,7 @@ from prism_pl.run_folder import (
     say_finished,
 )
 from prism_pl.shipped import find_config, resolve_paths, stage_of
-from prism_pl.strategy.weights_only import LOST, NetworksOnly
+from prism_pl.strategy.weights_only import LOST, take_networks_only
 
 HALF_WEIGHTS = ("bf16-true", "16-true")
 FRESH, NETWORKS = FLAGS = ("--fresh", "--weights-only-resume")
@@ -298,7 +298,7 @@ class PrismCLI(LightningCLI):
         ):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if self.weights_only_resume:
-            trainer.strategy.checkpoint_io = NetworksOnly(trainer.strategy.checkpoint_io)
+            take_networks_only(trainer)
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

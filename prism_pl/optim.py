@@ -87,10 +87,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     """Clip to a total norm (None: only measure it) and return the norm from before."""
     parameters = [p for p in parameters if p.grad is not None]
     return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
-
-
-def check_gradients(parameters: Iterable[nn.Parameter], what: str, ids: Sequence[str]) -> None:
-    """`check_finite` on the total norm of the gradients, before an optimiser steps. Under automatic optimisation it
-    belongs in `on_before_optimizer_step`, which runs before Lightning clips."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    check_finite(norm, what, ids)

@@ -31,7 +31,7 @@ from prism_pl.rollout import TransformersEngine, VLLMEngine
 from prism_pl.rollout.engine import Sampling
 from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, gathered
 from prism_pl.strategy.sharding import is_sharded, whole_numel
-from prism_pl.strategy.weights_only import NetworksOnly
+from prism_pl.strategy.weights_only import take_networks_only
 from prism_pl.updates import KLPenalty
 from tests.conftest import make_examples
 from tests.stubs import MALFORMED, RIGHT, WRONG, Record, ScriptedEngine
@@ -279,7 +279,7 @@ def train(
         use_distributed_sampler=False,
     )
     if weights_only:
-        trainer.strategy.checkpoint_io = NetworksOnly(trainer.strategy.checkpoint_io)
+        take_networks_only(trainer)
     ckpt = str(LastCheckpoints(folder).to_go_on_from()) if ckpt == "last" else ckpt
     trainer.fit(module, Steps(per_step, per_step // (num_ranks // ranks_per_group)), ckpt_path=ckpt, weights_only=True)
     module.export(folder / "export")

@@ -122,7 +122,7 @@ def test_states_that_lie_elsewhere_between_steps_step_alike(told_of, stage, opti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_parked_masters_of_bf16_weights_are_stepped_and_saved_as_others_are(ranks, told_of, tmp_path, stage):
     options: dict[str, Any] = {"strategy": stage, "precision": "bf16-mixed", "optimizer": "AdamW"}
     parked = options | {"options": {"park_optimizer_states": True}, "saved": True}
@@ -170,7 +170,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_and_names_the_rows(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_under_automatic_optimisation_too(ranks, tmp_path, stage):
     codes, screen = ranks.codes(tmp_path, 2, stage="sft", strategy=stage, poison=(1, 1, "policy"))
     assert codes == [1, 1]

@@ -61,9 +61,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, told_of, tmp_path, st
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_at_another_stage(ranks, told_of, tmp_path):
-    ranks(tmp_path, 2, strategy=2, saved=True, stop_after=2, **ADAM)
-    told = ranks(tmp_path, 2, strategy=3, saved=True, ckpt="last", **ADAM)
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2)])
+def test_a_run_goes_on_at_another_stage(ranks, told_of, tmp_path, before, after):
+    ranks(tmp_path, 2, strategy=before, saved=True, stop_after=2, **ADAM)
+    told = ranks(tmp_path, 2, strategy=after, saved=True, ckpt="last", **ADAM)
     assert_goes_on(told, told_of(2, strategy=2, **ADAM), weights=1e-4)
 
 

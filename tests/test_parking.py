@@ -86,6 +86,22 @@ def test_at_stage_2_views_of_the_masters_are_let_go_and_made_anew():
     assert torch.equal(master, torch.ones(4))
 
 
+def test_so_are_those_of_bf16_at_stage_1_which_has_an_optimiser_of_its_own():
+    weight, master = torch.nn.Parameter(torch.ones(4).bfloat16()), torch.ones(4)
+    weight._hp_mapping = master.view(2, 2)
+    zero = {"fp32_groups_flat_partition": [master], "bf16_groups": [[weight]], "_hp_optimizer_states_linked": True}
+    zero["_link_all_hp_params"] = lambda: setattr(weight, "_hp_mapping", "anew")
+    engine = engine_of(torch.optim.SGD([weight], lr=0.1), stage=1, **zero)
+    where, parking = master.data_ptr(), Parking(engine)
+    parking.park()
+    assert master.data_ptr() != where
+    assert weight._hp_mapping is None
+    parking.fetch()
+    assert torch.equal(master, torch.ones(4))
+    assert weight._hp_mapping == "anew"
+    assert not engine.optimizer._hp_optimizer_states_linked
+
+
 def test_cpu_memory_is_pinned_as_long_as_it_is_there_and_said_where_it_cannot_be(monkeypatch):
     registered, code = {}, 0
 

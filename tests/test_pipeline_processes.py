@@ -147,7 +147,7 @@ def test_a_killed_pipeline_leaves_no_stage_behind_and_goes_on_side_by_side(folde
     time.sleep(1)
     assert os.stat("run/long/checkpoints/last.ckpt").st_mtime_ns == modified, "the stage lives on"
     process = started()
-    said, errors = process.communicate(timeout=120)
+    said, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "killed before; goes on from run/long/checkpoints/last.ckpt" in said
     assert {entry["status"] for entry in stages().values()} == {"finished"}

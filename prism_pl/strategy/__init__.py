@@ -4,7 +4,7 @@ itself: one engine for each trained network."""
 from prism_pl.strategy.checks import check_strategy, check_trainer
 from prism_pl.strategy.engine_config import EngineOptions
 from prism_pl.strategy.multi_engine import MultiEngineDeepSpeedStrategy
-from prism_pl.strategy.players import building, step_network, training_only
+from prism_pl.strategy.players import building, check_gradients, step_network, training_only
 from prism_pl.strategy.ranks import global_max, global_min, global_sum, own_part, share, whole_groups, world_size
 from prism_pl.strategy.sharding import gathered, inside, is_sharded
 
@@ -12,6 +12,7 @@ __all__ = [
     "EngineOptions",
     "MultiEngineDeepSpeedStrategy",
     "building",
+    "check_gradients",
     "check_strategy",
     "check_trainer",
     "gathered",

@@ -109,8 +109,14 @@ def engine_config(name: str, options: EngineOptions, *, on_gpu: bool) -> dict[st
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Without the check a bf16 engine would step on an infinite gradient.
-        "bf16": {"enabled": options.precision == "bf16", "check_grad_overflow": True},
+        "bf16": {
+            "enabled": options.precision == "bf16",
+            # Without the check a bf16 engine would step on an infinite gradient.
+            "check_grad_overflow": True,
+            # Else stage 1 adds up `.grad` after each backward pass and clears it in the engine's forward, which never
+            # runs: a step's first micro-batch would count as often as there are micro-batches.
+            "immediate_grad_update": True,
+        },
     }
     return merged(ours, options.config or {})
 

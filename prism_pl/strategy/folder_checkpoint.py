@@ -140,7 +140,9 @@ class FolderCheckpoint:
     def _convert(self, target: Path) -> None:
         assert self.loaded is not None
         rank_zero_info(f"{self.loaded} was written by other ranks or stages: cutting it anew.")
-        convert(self.loaded, target, self.strategy.engines, TAG)
+        before = read_manifest(self.loaded)["stages"]
+        stages: dict[str, Any] = {n: (before[n], self.strategy.options_of(n).stage) for n in self.strategy.engines}
+        convert(self.loaded, target, stages, TAG)
 
     def remove(self, path: Path) -> None:
         """Remove a checkpoint; the first rank does."""

@@ -5,20 +5,25 @@ of its own, of which every rank then takes its part.
 """
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prism_pl.checkpoint_files import remove
+from prism_pl.strategy.other_stages import change_layout
 
 
-def convert(source: Path, target: Path, names: Iterable[str], tag: str) -> None:
+def convert(source: Path, target: Path, stages: Mapping[str, tuple[int, int]], tag: str) -> None:
     """Write universal checkpoints of engines' shards, `source/<name>/<tag>`, to `target/<name>/<tag>`. One process
-    does; it takes as much room again as the shards."""
+    does; it takes as much room again as the shards.
+
+    Args:
+        stages: of each engine, the one that wrote the shards and the one that is to read them.
+    """
     from deepspeed.checkpoint import ds_to_universal
 
     remove(target)
-    for name in names:
+    for name, (before, after) in stages.items():
         ds_to_universal.main(
             Namespace(
                 input_folder=str(source / name / tag),
@@ -30,6 +35,7 @@ def convert(source: Path, target: Path, names: Iterable[str], tag: str) -> None:
                 inject_missing_state=True,
             )
         )
+        change_layout(target / name / tag, before, after)
 
 
 def forget_held_back(state: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Parking:
         assert not self._homes, "parked twice"
         tensors = list(kept(self.engine))
         if self.engine.zero_optimization_stage() in (1, 2):
-            self.engine.optimizer._clear_hp_buffer_references()  # views, which would hold the device's memory
+            let_go_of_views(self.engine.optimizer)  # they would hold the device's memory
         for tensor, place in zip(tensors, self._places(tensors), strict=True):
             place.copy_(tensor)
             self._homes.append((tensor, tensor.device))
@@ -56,6 +57,7 @@ class Parking:
             tensor.data = tensor.data.to(device, copy=True)
         if self._homes and self.engine.zero_optimization_stage() in (1, 2):
             self.engine.optimizer._link_all_hp_params()
+            self.engine.optimizer._hp_optimizer_states_linked = False  # the next step links them
         self._homes.clear()
 
     def _places(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -86,6 +88,22 @@ def pinned(size: int) -> Tensor:
     return buffer
 
 
+def is_bf16_optimizer(zero: Any) -> bool:
+    """Whether this is the class that DeepSpeed takes for bf16 at stage 1, and calls things differently."""
+    return hasattr(zero, "fp32_groups_flat_partition")
+
+
+def let_go_of_views(zero: Any) -> None:
+    """Of the master weights and the optimiser's state, at stages 1 and 2; `_link_all_hp_params` makes them anew."""
+    if not is_bf16_optimizer(zero):
+        zero._clear_hp_buffer_references()
+        return
+    for master in zero.fp32_groups_flat_partition:
+        master.grad = None
+    for weight in chain.from_iterable(zero.bf16_groups):
+        weight._hp_mapping = None
+
+
 def kept(engine: Any) -> Iterator[Tensor]:
     """The tensors on the device that only a step needs: the optimiser's state, and master weights that are no weights
     themselves, as they are at stage 0, and of float32 networks at stage 3. Counters stay where they are."""
@@ -93,7 +111,8 @@ def kept(engine: Any) -> Iterator[Tensor]:
     stage = engine.zero_optimization_stage()
     masters: list[Tensor] = []
     if stage in (1, 2):
-        masters = engine.optimizer.single_partition_of_fp32_groups
+        zero = engine.optimizer
+        masters = zero.fp32_groups_flat_partition if is_bf16_optimizer(zero) else zero.single_partition_of_fp32_groups
     elif stage == 3:
         own, weights = engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.fp16_partitioned_groups_flat
         masters = [master for master, weight in zip(own, weights, strict=True) if master is not weight]

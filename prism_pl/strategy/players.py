@@ -52,6 +52,19 @@ def training_only(module: LightningModule, name: str) -> Iterator[nn.Module]:
             parameter.requires_grad_(True)
 
 
+def check_gradients(module: LightningModule, name: str, ids: Sequence[str]) -> None:
+    """ValueError naming the rows where the norm of the gradients of `module.<name>` is not finite. For the stages with
+    automatic optimisation, in `on_before_optimizer_step`, which runs before Lightning clips.
+
+    Gradients of an engine are this rank's own until its step: one rank would stop here and the others wait for it. The
+    strategy checks after the step, which takes none with such a norm.
+    """
+    if isinstance(module.trainer.strategy, MultiEngineDeepSpeedStrategy):
+        return
+    gradients = [p.grad for p in module.get_submodule(name).parameters() if p.grad is not None]
+    check_finite(nn.utils.get_total_norm(gradients), f"the {name}'s gradient norm", ids)
+
+
 def step_network(
     module: LightningModule, name: str, optimizer: Any, max_norm: float | None, ids: Sequence[str]
 ) -> Tensor:

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback
 
 from prism_pl.strategy.folder_checkpoint import consolidated
 from prism_pl.strategy.other_ranks import forget_held_back
@@ -13,6 +15,23 @@ LOST = (
     "Lost: the optimisers' states, which begin anew; the random draws of ranks other than the first; the groups that "
     "dynamic sampling held back"
 )
+
+
+def take_networks_only(trainer: Trainer) -> None:
+    """Let a trainer go on with the networks of its checkpoint and the position in the data and in the schedules."""
+    trainer.strategy.checkpoint_io = NetworksOnly(trainer.strategy.checkpoint_io)
+    trainer.callbacks.insert(0, ScheduledRates())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class ScheduledRates(Callback):
+    """A scheduler's state says where the schedule is; the rate itself lies in the optimiser's state. Without that the
+    first step would be taken with the rate that the schedule begins with, 0 where it warms up."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
 
 
 class NetworksOnly(CheckpointIO):
