@@ -34,7 +34,7 @@ def check(folder, left_out, longer=0):
     facts = [Facts(f"rows-{n}", prompt_tokens=int(length) + longer) for n, length in enumerate(lengths())]
     for row in left_out:
         facts[row].unusable = "no response"
-    write(folder, Split("train", facts), opened(DemonstrationsDataModule("rows.jsonl")))
+    write(folder, {"train": Split("train", facts)}, opened(DemonstrationsDataModule("rows.jsonl")))
 
 
 def lengths():

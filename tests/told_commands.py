@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from prism_pl.__main__ import main
-from prism_pl.cli import PrismCLI
+from prism_pl.cli import PrismCLI, completed
 from prism_pl.run_folder import refuse_other_settings, write_config
 
 LEFT_BY_A_RUN = re.compile(r"\b(runs/\S+)/(?:export[\w-]*|pass_rates\.jsonl)(?=\s|$)")
@@ -34,8 +35,9 @@ def written_by(commands: Sequence[str], capsys: pytest.CaptureFixture[str]) -> l
     def begin(cli: Any) -> None:
         config = cli.config[cli.subcommand]
         folder = Path(config.trainer.default_root_dir)
-        text = cli._parser(cli.subcommand).dump(config, skip_none=False)
-        refuse_other_settings(folder, yaml.safe_load(text))
+        parser = cli._parser(cli.subcommand)
+        text = parser.dump(config, skip_none=False)
+        refuse_other_settings(folder, yaml.safe_load(text), partial(completed, parser))
         write_config(folder / "config.yaml", text)
         written.append(str(folder))
         raise SystemExit
