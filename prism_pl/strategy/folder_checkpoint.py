@@ -176,7 +176,13 @@ def consolidated(path: Path) -> dict[str, Any]:
                 file = path / name / TAG / "mp_rank_00_model_states.pt"
                 weights = torch.load(file, map_location="cpu", weights_only=True)["module"]
             else:
-                weights = get_fp32_state_dict_from_zero_checkpoint(str(path / name), tag=TAG)
+                try:
+                    weights = get_fp32_state_dict_from_zero_checkpoint(str(path / name), tag=TAG)
+                except ValueError as error:  # DeepSpeed cannot put together what it saves in bf16 at stage 1
+                    raise ValueError(
+                        f"the shards of {name} in {path} cannot be put together ({error}): stage {stage} in bf16 goes "
+                        "on under the same strategy alone, with the same number of ranks; stage 2 has no such limit"
+                    ) from error
                 assert weights is not None
             state["state_dict"] |= {f"{name}.{key}": weight for key, weight in weights.items()}
     return state
