@@ -13,7 +13,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
@@ -150,6 +150,11 @@ class DiscriminatorModule(LightningModule):
             self.rollout.sleep()
         chosen, rolled = self(batch, rejected, training=True)
         valid_B = rolled.valid_B
+        if not valid_B.any():
+            rank_zero_warn(
+                "Warm start: every rollout of a batch is malformed, so it holds no pair and the discriminator learns "
+                "nothing from it. Where that goes on (warmup/pairs is 0), train the policy's SFT longer first."
+            )
         loss, told = discriminator_loss(chosen, rolled, self.label_smoothing, self.score_l2)
         check_finite(loss, "warmup/loss", batch.ids)
         for expert, metrics in told.items():

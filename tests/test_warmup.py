@@ -158,7 +158,8 @@ def test_a_batch_without_any_pair_trains_nothing_and_goes_on(random_policy, tmp_
     module.configure_model()
     before = {name: w.clone() for name, w in module.discriminator.named_parameters()}
     module.optimizer = partial(torch.optim.SGD, lr=1.0)
-    trainer, record = fit(module, Rows(make_examples(4), make_examples(2)), tmp_path, max_steps=2)
+    with pytest.warns(UserWarning, match="holds no pair and the discriminator learns nothing"):
+        trainer, record = fit(module, Rows(make_examples(4), make_examples(2)), tmp_path, max_steps=2)
     assert trainer.global_step == 2
     assert record.steps[0]["warmup/loss"] == 0.0
     assert record.steps[0]["warmup/malformed"] == 1.0
