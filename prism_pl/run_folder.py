@@ -156,7 +156,12 @@ def say_finished(folder: Path, step: int | None, already: bool) -> None:
     export = folder / "export"
     next_command = ""
     if (export / "discriminator.json").exists():
-        next_command = f"python -m prism_pl fit --config align.yaml --model.discriminator.path {export}; "
+        # The policy whose rollouts it learned to tell apart; without it align.yaml's own would play.
+        policy = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["policy"]["path"]
+        next_command = (
+            f"python -m prism_pl fit --config align.yaml --model.policy.path {policy} "
+            f"--model.discriminator.path {export}; "
+        )
     elif (export / "config.json").exists():
         next_command = f"python -m prism_pl test --config evaluate.yaml --model.policy.path {export}; "
     rank_zero_info(f"Next: {next_command}tensorboard --logdir {folder}")

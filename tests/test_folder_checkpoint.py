@@ -152,3 +152,14 @@ def test_a_kill_while_shards_are_cut_anew_leaves_nothing_after_the_next_start(tm
     assert len(list(last.parent.iterdir())) == 2
     LastCheckpoints(tmp_path).begin(last, 1, 2)
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_shards_that_deepspeed_cannot_put_together_are_refused_with_the_way_out(tmp_path, monkeypatch):
+    def refused(*_: Any, **__: Any) -> None:
+        raise ValueError("bf16_zero_pp_rank_0 is not a zero checkpoint")
+
+    monkeypatch.setattr("deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint", refused)
+    (tmp_path / "manifest.json").write_text(json.dumps({"stages": {"policy": 1}}))
+    torch.save({"state_dict": {}}, tmp_path / "rank-0.ckpt")
+    with pytest.raises(ValueError, match=r"shards of policy .*stage 1 in bf16 .*stage 2 has no such limit"):
+        folder_checkpoint.consolidated(tmp_path)

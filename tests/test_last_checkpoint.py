@@ -16,7 +16,7 @@ from prism_pl.checkpoint_files import LastCheckpoints
 from prism_pl.cli import PrismCLI
 from prism_pl.optim import lr_scheduler, rate_jumps
 from prism_pl.pipeline.plan import checkpoint_in
-from prism_pl.run_folder import held
+from prism_pl.run_folder import held, say_finished
 from tests.test_cli import DUMMY, last_step
 
 FIT = ["fit", "--config", "dummy.yaml"]
@@ -322,3 +322,12 @@ def test_a_second_ctrl_c_stops_at_once(folder, capfd):
     command = [*FIT, STEPS, "40", "--model.init_args.signals", "{3: 2}", "--model.init_args.twice", "true"]
     assert main(command) == 130
     assert capfd.readouterr().err.strip().splitlines()[-1] == "Stopped before the first checkpoint was written."
+
+
+def test_after_a_warm_start_comes_alignment_of_the_policy_that_it_was_made_for(tmp_path, caplog):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "discriminator.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("model: {init_args: {policy: {path: runs/sft/export}}}")
+    with caplog.at_level("INFO"):
+        say_finished(tmp_path, 12, already=False)
+    assert "--config align.yaml --model.policy.path runs/sft/export --model.discriminator.path" in caplog.text
