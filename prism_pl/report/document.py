@@ -104,9 +104,8 @@ def _opening(runs: Sequence[Run]) -> list[str]:
         evaluated = f"checkpoints {', '.join(run.evaluations)}" if run.evaluations else "no checkpoint was evaluated"
         lines += ["", f"* **{run.name}**: stages {stages}; {evaluated}."]
         if unseen := ", ".join(unevaluated(run)):
-            lines.append(
-                f"  Not evaluated: {unseen} (`python -m prism_pl test --config evaluate.yaml --model.policy.path` FOLDER)."
-            )
+            command = "`python -m prism_pl test --config evaluate.yaml --model.policy.path` FOLDER"
+            lines.append(f"  Not evaluated: {unseen} ({command}).")
         for name, entry in run.ledger.get("stages", {}).items():
             # The report's own entry is running, or was when it was made.
             if entry.get("status") not in ("finished", None) and entry.get("kind") != "report":
