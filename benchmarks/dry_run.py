@@ -117,10 +117,11 @@ def overlay(folder: Path, size: str, devices: int, offload: bool, baseline: bool
     fit = {**FIT, **hardware, "trainer.devices": devices}
     if offload:
         fit["trainer.strategy.init_args.offload_optimizer"] = True
-    engine = f"benchmarks.rehearsal.Rehearsed{'Transformers' if tiny else ''}Engine"
+    engine = _engine("rollout", tiny)
+    tester = _engine("engine", tiny)
     sampling = {"model.sampling.max_tokens": 24 if tiny else 256}
     prompts = {"data.train.path": str(data / "rl_training_data_5.9k.parquet"), **ROWS}
-    sampled = {**fit, **prompts, **sampling, "model.rollout": engine, "model.num_rollouts": 4, "data.batch_size": 2}
+    sampled = {**fit, **prompts, **sampling, **engine, "model.num_rollouts": 4, "data.batch_size": 2}
     rlvr = {**sampled, "data.keep": [0, 1], "data.eval_batch_size": 2}
     benchmark = {"class_path": "prism_pl.benchmarks.MathVista", "init_args": {"path": str(data / "mathvista.json")}}
     policy = {"model.policy.path": str(folder / "policy")}
@@ -149,10 +150,20 @@ def overlay(folder: Path, size: str, devices: int, offload: bool, baseline: bool
     return {
         "run_folder": str(folder / "run"),
         "defaults": {
-            "test": {"config": "qwen3vl-4b/evaluate.yaml", "set": {**evaluation, "model.engine": engine}},
-            "predict": {"config": "qwen3vl-4b/filter.yaml", "set": {**measured, "model.engine": engine}},
+            "test": {"config": "qwen3vl-4b/evaluate.yaml", "set": {**evaluation, **tester}},
+            "predict": {"config": "qwen3vl-4b/filter.yaml", "set": {**measured, **tester}},
         },
         "stages": stages,
+    }
+
+
+def _engine(argument: str, tiny: bool) -> dict[str, Any]:
+    """A rehearsed engine as the module's argument of that name: for two steps a stage, one that compiles nothing."""
+    if tiny:
+        return {f"model.{argument}": "benchmarks.rehearsal.RehearsedTransformersEngine"}
+    return {
+        f"model.{argument}": "benchmarks.rehearsal.RehearsedEngine",
+        f"model.{argument}.init_args.enforce_eager": True,
     }
 
 

@@ -16,7 +16,7 @@ from prism_pl.lora import LoraSpec, whole_parameters
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rollout import AutoEngine, RolloutEngine, Sampling, TransformersEngine, VLLMEngine, rollout_batch
 from prism_pl.rollout.vllm_compat import import_vllm, version_of
-from prism_pl.rollout.vllm_launch import blank_folder, write_blank
+from prism_pl.rollout.vllm_launch import _llm_options, blank_folder, write_blank
 from scripts.blank_policy import ROOT
 from tests.conftest import make_examples
 from tests.stubs import equal, weights
@@ -393,6 +393,11 @@ def test_what_vllm_would_bend_is_refused(engine, examples):
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         VLLMEngine(**options)
+
+
+@pytest.mark.parametrize(("asked", "on_cpu", "taken"), [(0, 0, False), (1, 0, True), (0, 1, True)])
+def test_an_engine_compiles_unless_told_otherwise_or_on_a_cpu(asked, on_cpu, taken):
+    assert _llm_options(VLLMEngine(enforce_eager=bool(asked)).options, bool(on_cpu))["enforce_eager"] is taken
 
 
 def test_the_process_is_left_as_it_was(engine):

@@ -58,7 +58,7 @@ def engine_options(on_cpu: bool) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that depend on the build."""
     if on_cpu:
         # Blocks of 128, the CPU's default, are longer than most prompts of a small policy: none would be shared.
-        return {"enforce_eager": True, "block_size": 32}
+        return {"block_size": 32}
     return {"enable_sleep_mode": True}
 
 

@@ -36,6 +36,7 @@ class LaunchOptions:
     max_images: int
     gpu_memory: float
     kv_cache_mb: int | None
+    enforce_eager: bool
 
 
 class Launched:
@@ -144,6 +145,7 @@ def _llm_options(options: LaunchOptions, on_cpu: bool) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # the policy's own defaults, such as a repetition penalty, must not act
         "disable_log_stats": True,
+        "enforce_eager": options.enforce_eager or on_cpu,
         "seed": 0,
     }
     if cache is not None:
