@@ -396,7 +396,8 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 @pytest.mark.parametrize(("asked", "on_cpu", "taken"), [(0, 0, False), (1, 0, True), (0, 1, True)])
-def test_an_engine_compiles_unless_told_otherwise_or_on_a_cpu(asked, on_cpu, taken):
+def test_an_engine_compiles_unless_told_otherwise_or_on_a_cpu(asked, on_cpu, taken, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     assert _llm_options(VLLMEngine(enforce_eager=bool(asked)).options, bool(on_cpu))["enforce_eager"] is taken
 
 
