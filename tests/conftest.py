@@ -23,11 +23,17 @@ SYSTEM = "Write <caption>, <think>, <answer>."
 
 # Files that start processes or vLLM. They go first, so that the workers of `make test`, which take file after file, end
 # together.
-LONGEST = ("resume", "pipeline_processes", "vllm_ranks", "vllm_server_weights", "configs", "bad_input", "vllm_engine")
+LONGEST = ("pipeline_ranks", "resume", "pipeline_processes", "vllm_ranks", "vllm_server_weights", "configs", "bad_input", "vllm_engine")
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid} {name} {value}")
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ from prism_pl.strategy.sharding import is_sharded, whole_numel
 from prism_pl.strategy.weights_only import take_networks_only
 from prism_pl.updates import KLPenalty
 from tests.conftest import make_examples
+from tests.stock_deepspeed import StockOnCPU
 from tests.stubs import MALFORMED, RIGHT, WRONG, Record, ScriptedEngine
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +178,9 @@ class Keep(Callback):
 
 
 def strategy_of(kind: Any, engines: dict[str, Any] | None, **options: Any) -> Any:
-    """`auto`, `ddp_find_unused_parameters_true`, or the ZeRO stage of all engines."""
+    """`auto`, `ddp_find_unused_parameters_true`, `stock` at ZeRO-2, or the ZeRO stage of all engines."""
+    if kind == "stock":
+        return StockOnCPU(stage=2)
     if isinstance(kind, str):
         return kind
     chosen = {name: EngineOptions(**each) for name, each in (engines or {}).items()}

@@ -82,6 +82,14 @@ def test_the_other_stages_have_one_engine_and_train_alike(told_of, module, stage
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("module", ["sft", "warmup"])
+def test_automatic_optimisation_trains_alike_under_the_stock_strategy(told_of, module, num_ranks):
+    told = told_of(num_ranks, stage=module, strategy="stock")
+    assert_same_training(told, told_of(1, stage=module), **tolerances("SGD"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["align", "rlvr"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_group_on_two_ranks_is_the_group_of_one_process(told_of, module, stage):

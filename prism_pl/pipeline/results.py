@@ -55,11 +55,13 @@ def begun_at(folder: Path, attempt: Attempt) -> int | None:
 
 
 def step_of(checkpoint: Path | None) -> int | None:
-    """The step of a checkpoint; None where there is none, or it is one of several files or cannot be read."""
-    if checkpoint is None or not checkpoint.is_file():
+    """The step of a checkpoint, a file or a folder; None where there is none, or it cannot be read."""
+    if checkpoint is None:
         return None
     import torch
 
+    if checkpoint.is_dir():  # of several engines
+        checkpoint = checkpoint / "rank-0.ckpt"
     try:
         # Mapped into memory: only the step is read, not the weights.
         return torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["global_step"]

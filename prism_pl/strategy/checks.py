@@ -4,8 +4,12 @@ from collections.abc import Sized
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+
+from prism_pl.optim import check_finite
 
 OURS = "prism_pl.strategy.MultiEngineDeepSpeedStrategy"
 
@@ -56,6 +60,42 @@ def check_strategy(strategy: Strategy) -> None:
         "of the module. Use --config strategy/ddp.yaml (which finds unused parameters), or --config "
         f"strategy/zero2.yaml ({OURS})"
     )
+
+
+def prepare_stock(trainer: Trainer, module: LightningModule) -> None:
+    """Make Lightning's own DeepSpeedStrategy ready for a stage with automatic optimisation. ValueError with the way out
+    where it cannot train the stage.
+
+    It asks the data loader for its batch size, for a log of throughput, before the module has what makes batches; and
+    it passes over steps whose gradients are not finite.
+    """
+    strategy = trainer.strategy
+    assert isinstance(strategy, DeepSpeedStrategy)
+    assert isinstance(strategy.config, dict)
+    stock = "trainer.strategy is Lightning's DeepSpeedStrategy"
+    if not module.automatic_optimization:
+        check_strategy(strategy)
+    if not isinstance(trainer.accelerator, CUDAAccelerator):
+        raise ValueError(f"{stock}, which runs on GPUs alone. Use --config strategy/zero2.yaml ({OURS}), or auto")
+    if strategy.zero_stage_3:
+        raise ValueError(
+            f"{stock} at stage 3: it shards weights while transformers still sets them. Use --config "
+            f"strategy/zero3.yaml ({OURS})"
+        )
+    strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)
+    trainer.callbacks.insert(0, FiniteSteps())  # pyright: ignore[reportAttributeAccessIssue]  # before any checkpoint
+
+
+class FiniteSteps(Callback):
+    """ValueError naming the rows where a step's gradients were not finite, under Lightning's DeepSpeedStrategy: their
+    norm is known only once the engine has reduced them, in its step."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(trainer.strategy, DeepSpeedStrategy)
+        norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
+        check_finite(torch.as_tensor(norm), "the gradient norm", batch.ids)
 
 
 def _finds_unused(strategy: DDPStrategy) -> bool:
