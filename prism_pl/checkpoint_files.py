@@ -218,6 +218,11 @@ class Summary:
 def read_summary(path: Path) -> Summary:
     """Look into a checkpoint without reading its weights. UsageError where the file is cut off; an UnpicklingError
     where it holds more than tensors and plain values."""
+    if (path / "checkpoint").is_dir():
+        raise UsageError(
+            f"{path} was written by Lightning's DeepSpeedStrategy, as pickles, which are not read here: a run under it "
+            "cannot be gone on with. --fresh starts anew; --config strategy/zero2.yaml makes one that can"
+        )
     if path.is_dir():  # of several engines: the networks lie beside a file of each rank
         path = path / "rank-0.ckpt"
     if not path.is_file():

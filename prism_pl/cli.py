@@ -54,6 +54,7 @@ from prism_pl.run_folder import (
     say_finished,
 )
 from prism_pl.shipped import find_config, resolve_paths, stage_of
+from prism_pl.strategy import prepare_stock
 from prism_pl.strategy.weights_only import LOST, take_networks_only
 
 HALF_WEIGHTS = ("bf16-true", "16-true")
@@ -292,10 +293,9 @@ class PrismCLI(LightningCLI):
         # Behind a ModelCheckpoint, so that it saves what that one has just found to be the best.
         callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        # Exactly Lightning's own: a plugin of the user's, and DeepSpeed's way, stay.
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO and not isinstance(
-            trainer.strategy, DeepSpeedStrategy
-        ):
+        if isinstance(trainer.strategy, DeepSpeedStrategy):  # it writes checkpoints its own way
+            prepare_stock(trainer, self.model)
+        elif type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's stays
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if self.weights_only_resume:
             take_networks_only(trainer)

@@ -29,12 +29,12 @@ from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import GRPO
 from prism_pl.rollout import TransformersEngine, VLLMEngine
 from prism_pl.rollout.engine import Sampling
-from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, gathered
+from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, gathered, prepare_stock
 from prism_pl.strategy.sharding import is_sharded, whole_numel
 from prism_pl.strategy.weights_only import take_networks_only
 from prism_pl.updates import KLPenalty
 from tests.conftest import make_examples
-from tests.stock_deepspeed import StockOnCPU
+from tests.stock_deepspeed import stock_on_cpu
 from tests.stubs import MALFORMED, RIGHT, WRONG, Record, ScriptedEngine
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +180,7 @@ class Keep(Callback):
 def strategy_of(kind: Any, engines: dict[str, Any] | None, **options: Any) -> Any:
     """`auto`, `ddp_find_unused_parameters_true`, `stock` at ZeRO-2, or the ZeRO stage of all engines."""
     if kind == "stock":
-        return StockOnCPU(stage=2)
+        return stock_on_cpu()
     if isinstance(kind, str):
         return kind
     chosen = {name: EngineOptions(**each) for name, each in (engines or {}).items()}
@@ -281,6 +281,8 @@ def train(
         log_every_n_steps=1,
         use_distributed_sampler=False,
     )
+    if strategy == "stock":
+        prepare_stock(trainer, module)
     if weights_only:
         take_networks_only(trainer)
     ckpt = str(LastCheckpoints(folder).to_go_on_from()) if ckpt == "last" else ckpt

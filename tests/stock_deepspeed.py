@@ -4,19 +4,24 @@ import importlib
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 
-class StockOnCPU(DeepSpeedStrategy):
-    """As Lightning has it, but for the questions that only a GPU answers."""
+def stock_on_cpu() -> DeepSpeedStrategy:
+    """The strategy at ZeRO-2. For a process of its own: who asks for a GPU there is content with a CPU from then on."""
+    for name in ("lightning.pytorch.strategies.deepspeed", "prism_pl.strategy.checks"):
+        asking: Any = importlib.import_module(name)
+        asking.CUDAAccelerator = CPUAccelerator
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None  # an extension to compile that gloo does without
+    return NumberedCPUs(stage=2)
 
-    def setup_environment(self) -> None:
-        DDPStrategy.setup_environment(self)  # past the check for a GPU
+
+class NumberedCPUs(DeepSpeedStrategy):
+    """Its devices have numbers, as GPUs have: DeepSpeed is told this rank's."""
 
     def setup_distributed(self) -> None:
-        backend: Any = importlib.import_module("deepspeed.comm.torch")
-        backend.build_shm_op = lambda: None  # an extension to compile that gloo does without
         assert self.parallel_devices is not None
-        # Numbered, as GPUs are: DeepSpeed is told the number.
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]
         super().setup_distributed()

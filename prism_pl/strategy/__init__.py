@@ -1,7 +1,7 @@
 """What the modules need of the training strategy, the same under `auto`, DDP and DeepSpeed, and the DeepSpeed strategy
 itself: one engine for each trained network."""
 
-from prism_pl.strategy.checks import check_strategy, check_trainer
+from prism_pl.strategy.checks import check_strategy, check_trainer, prepare_stock
 from prism_pl.strategy.engine_config import EngineOptions
 from prism_pl.strategy.multi_engine import MultiEngineDeepSpeedStrategy
 from prism_pl.strategy.players import building, check_gradients, step_network, training_only
@@ -22,6 +22,7 @@ __all__ = [
     "inside",
     "is_sharded",
     "own_part",
+    "prepare_stock",
     "share",
     "step_network",
     "training_only",

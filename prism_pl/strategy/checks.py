@@ -66,8 +66,9 @@ def prepare_stock(trainer: Trainer, module: LightningModule) -> None:
     """Make Lightning's own DeepSpeedStrategy ready for a stage with automatic optimisation. ValueError with the way out
     where it cannot train the stage.
 
-    It asks the data loader for its batch size, for a log of throughput, before the module has what makes batches; and
-    it passes over steps whose gradients are not finite.
+    It asks the data loader for its batch size, for a log of throughput, before the module has what makes batches; it
+    casts what it finds in a batch, and knows only plain collections; and it passes over steps whose gradients are not
+    finite.
     """
     strategy = trainer.strategy
     assert isinstance(strategy, DeepSpeedStrategy)
@@ -83,19 +84,22 @@ def prepare_stock(trainer: Trainer, module: LightningModule) -> None:
             f"strategy/zero3.yaml ({OURS})"
         )
     strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)
+    strategy.precision_plugin.convert_input = lambda data: data  # the networks cast what they take
     trainer.callbacks.insert(0, FiniteSteps())  # pyright: ignore[reportAttributeAccessIssue]  # before any checkpoint
 
 
 class FiniteSteps(Callback):
     """ValueError naming the rows where a step's gradients were not finite, under Lightning's DeepSpeedStrategy: their
-    norm is known only once the engine has reduced them, in its step."""
+    norm is known only once the engine has reduced them, in its step. (At stage 0 it is not told; there the gradients
+    are whole before the step, and `check_gradients` sees them.)"""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(trainer.strategy, DeepSpeedStrategy)
         norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
-        check_finite(torch.as_tensor(norm), "the gradient norm", batch.ids)
+        if norm is not None:
+            check_finite(torch.as_tensor(norm), "the gradient norm", batch.ids)
 
 
 def _finds_unused(strategy: DDPStrategy) -> bool:
