@@ -23,7 +23,10 @@ SYSTEM = "Write <caption>, <think>, <answer>."
 
 # Files that start processes or vLLM. They go first, so that the workers of `make test`, which take file after file, end
 # together.
-LONGEST = ("pipeline_ranks", "resume", "pipeline_processes", "vllm_ranks", "vllm_server_weights", "configs", "bad_input", "vllm_engine")
+LONGEST = (
+    *("pipeline_ranks", "resume", "pipeline_processes", "vllm_ranks", "vllm_server_weights", "configs", "bad_input"),
+    "vllm_engine",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -178,11 +178,10 @@ class Keep(Callback):
 
 
 def strategy_of(kind: Any, engines: dict[str, Any] | None, **options: Any) -> Any:
-    """`auto`, `ddp_find_unused_parameters_true`, `stock` at ZeRO-2, or the ZeRO stage of all engines."""
-    if kind == "stock":
-        return stock_on_cpu()
+    """`auto`, `ddp_find_unused_parameters_true`, `stock-2` for Lightning's own at ZeRO-2, or the ZeRO stage of all
+    engines."""
     if isinstance(kind, str):
-        return kind
+        return stock_on_cpu(int(kind[-1])) if kind.startswith("stock") else kind
     chosen = {name: EngineOptions(**each) for name, each in (engines or {}).items()}
     strategy: Any = MultiEngineDeepSpeedStrategy(stage=kind, engines=chosen, **options)
     setup = strategy.setup
@@ -281,7 +280,7 @@ def train(
         log_every_n_steps=1,
         use_distributed_sampler=False,
     )
-    if strategy == "stock":
+    if str(strategy).startswith("stock"):
         prepare_stock(trainer, module)
     if weights_only:
         take_networks_only(trainer)

@@ -8,14 +8,15 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 
-def stock_on_cpu() -> DeepSpeedStrategy:
-    """The strategy at ZeRO-2. For a process of its own: who asks for a GPU there is content with a CPU from then on."""
+def stock_on_cpu(stage: int) -> DeepSpeedStrategy:
+    """The strategy at a stage of ZeRO. For a process of its own: who asks for a GPU there is content with a CPU from
+    then on."""
     for name in ("lightning.pytorch.strategies.deepspeed", "prism_pl.strategy.checks"):
         asking: Any = importlib.import_module(name)
         asking.CUDAAccelerator = CPUAccelerator
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None  # an extension to compile that gloo does without
-    return NumberedCPUs(stage=2)
+    return NumberedCPUs(stage=stage)
 
 
 class NumberedCPUs(DeepSpeedStrategy):

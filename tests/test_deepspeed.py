@@ -83,21 +83,22 @@ def test_the_other_stages_have_one_engine_and_train_alike(told_of, module, stage
 
 @pytest.mark.parametrize("module", ["sft", "warmup"])
 def test_lightnings_own_strategy_trains_the_stages_with_one_optimiser_alike(told_of, module):
-    told = told_of(2, stage=module, strategy="stock")
+    told = told_of(2, stage=module, strategy="stock-2")
     assert_same_training(told, told_of(1, stage=module), **tolerances("SGD"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["sft", "warmup"])
-def test_lightnings_own_strategy_trains_in_bf16(told_of, module):
-    told = told_of(2, stage=module, strategy="stock", precision="bf16-mixed", optimizer="AdamW")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_lightnings_own_strategy_trains_in_bf16(told_of, module, stage):
+    told = told_of(2, stage=module, strategy=f"stock-{stage}", precision="bf16-mixed", optimizer="AdamW")
     assert_same_training(told, told_of(1, stage=module, optimizer="AdamW"), losses=3e-2, weights=1e-2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "network"), [("sft", "policy"), ("warmup", "discriminator")])
 def test_lightnings_own_strategy_stops_where_a_gradient_is_not_finite(ranks, tmp_path, module, network):
-    codes, screen = ranks.codes(tmp_path, 2, stage=module, strategy="stock", poison=(1, 1, network))
+    codes, screen = ranks.codes(tmp_path, 2, stage=module, strategy="stock-2", poison=(1, 1, network))
     assert codes == [1, 1]
     assert screen.count("ValueError: the gradient norm is not finite") == 2
     assert "batch of rows row-" in screen

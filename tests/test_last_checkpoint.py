@@ -149,6 +149,14 @@ def test_a_cut_off_checkpoint_is_named_with_the_one_before_it(kept, folder, caps
     assert starts == [0, 1]
 
 
+def test_a_checkpoint_of_lightnings_deepspeed_strategy_is_named_as_one(folder, capsys):
+    assert main(FIT) == 0
+    LAST.unlink()
+    (LAST / "checkpoint").mkdir(parents=True)
+    assert main(FIT) == 2
+    assert f"{LAST} was written by Lightning's DeepSpeedStrategy, as pickles, which are not read" in message(capsys)
+
+
 def test_where_both_are_cut_off_a_new_start_is_the_way_out(folder, capsys):
     assert main(FIT) == 0
     LAST.write_bytes(b"PK\x03\x04")

@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from modules.sft import SFTModule
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.strategy import EngineOptions, MultiEngineDeepSpeedStrategy, check_strategy, check_trainer, training_only
+from prism_pl.strategy import (
+    EngineOptions,
+    MultiEngineDeepSpeedStrategy,
+    check_strategy,
+    check_trainer,
+    checks,
+    prepare_stock,
+    training_only,
+)
 from prism_pl.strategy.checks import check_equal_batches
 from prism_pl.strategy.engine_config import check_names, engine_config, merged
 from prism_pl.strategy.engines import import_deepspeed, networks_of, optimizer_of_each
@@ -74,6 +83,25 @@ def test_strategies_that_cannot_run_several_backward_passes_are_refused_with_one
     with pytest.raises(ValueError, match="runs backward passes of its own"):
         module.configure_model()
     assert module.policy is None
+
+
+def test_lightnings_own_strategy_is_refused_where_it_cannot_train(random_policy, monkeypatch):
+    def prepared(module, **changes):
+        strategy: Any = object.__new__(DeepSpeedStrategy)
+        strategy.config = {"zero_optimization": {"stage": 2} | changes}
+        strategy._precision_plugin = None
+        trainer: Any = SimpleNamespace(strategy=strategy, accelerator=CPUAccelerator(), callbacks=[])
+        prepare_stock(trainer, module)
+        return trainer
+
+    with pytest.raises(ValueError, match=r"runs backward passes of its own.*zero2\.yaml"):
+        prepared(make_rlvr(random_policy, [RIGHT]))
+    with pytest.raises(ValueError, match=r"runs on GPUs alone\. Use --config strategy/zero2\.yaml"):
+        prepared(TwoPlayers())
+    monkeypatch.setattr(checks, "CUDAAccelerator", CPUAccelerator)
+    with pytest.raises(ValueError, match=r"at stage 3: .* Use --config strategy/zero3\.yaml"):
+        prepared(TwoPlayers(), stage=3)
+    assert len(prepared(TwoPlayers()).callbacks) == 1
 
 
 def test_options_of_an_engine_go_over_those_of_all_key_by_key():
