@@ -81,7 +81,7 @@ def test_the_other_stages_have_one_engine_and_train_alike(told_of, module, stage
     assert_same_training(told, told_of(1, stage=module), **tolerances("SGD"))
 
 
-@pytest.mark.parametrize("module", ["sft", "warmup"])
+@pytest.mark.parametrize("module", [pytest.param("sft", marks=pytest.mark.slow), "warmup"])
 def test_lightnings_own_strategy_trains_the_stages_with_one_optimiser_alike(told_of, module):
     told = told_of(2, stage=module, strategy="stock-2")
     assert_same_training(told, told_of(1, stage=module), **tolerances("SGD"))
