@@ -390,8 +390,8 @@ class RLVRModule(LightningModule):
 
     def _log_batch(self, rollouts: Sequence[Rollout], rewarded: RewardOutput) -> None:
         """What the sampled batch is like, before dynamic sampling chooses."""
-        logged = {"reward": rewarded.rewards_B.mean(), **length_summary(rollouts)}
-        logged |= {name: values_B.mean() for name, values_B in rewarded.parts.items()}
+        rewards = {"reward": rewarded.rewards_B, **rewarded.parts}  # in the CPU's memory, where NCCL reduces nothing
+        logged = {name: float(values_B.mean()) for name, values_B in rewards.items()} | length_summary(rollouts)
         self.log_dict({f"rlvr/{name}": value for name, value in logged.items()}, batch_size=1, sync_dist=True)
         still_P = ~groups_with_variance(self._whole_groups(rewarded.rewards_B))
         num_still = still_P.sum().float() / self.ranks_per_group  # each rank of a group counts it

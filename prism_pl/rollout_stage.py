@@ -109,12 +109,13 @@ def held_out_rollouts(
     return engine.generate(examples, 1, Sampling(sampling.temperature, sampling.max_tokens, seed=seed))
 
 
-def held_out_parts(rollouts: Sequence[Rollout], examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Mean strict `accuracy` and `format` of one rollout an example; empty where a row has no answer."""
+def held_out_parts(rollouts: Sequence[Rollout], examples: Sequence[Example]) -> dict[str, float]:
+    """Mean strict `accuracy` and `format` of one rollout an example; empty where a row has no answer. Numbers, not the
+    rewards' tensors, which lie in the CPU's memory: NCCL could not reduce them over ranks."""
     if not all(example.answers for example in examples):
         return {}
     told = AccuracyFormatReward()([rollout.text for rollout in rollouts], list(examples)).parts
-    return {name: values_B.mean() for name, values_B in told.items()}
+    return {name: float(values_B.mean()) for name, values_B in told.items()}
 
 
 def length_summary(rollouts: Sequence[Rollout]) -> dict[str, float]:

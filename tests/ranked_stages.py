@@ -14,6 +14,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextTopKRouter
 
 from datamodules.loading import train_loader
 from modules.align import AdversarialAlignModule
@@ -120,6 +121,17 @@ class Poison(Callback):
             norm.register_full_backward_hook(lambda module, grads, outs: tuple(g * float("nan") for g in grads))
 
 
+def starve_last_expert() -> None:
+    """In this process the last expert of each mixture gets no token: those for it go to the one before."""
+    route = Qwen3VLMoeTextTopKRouter.forward
+
+    def rerouted(router: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits, weights, chosen = route(router, hidden_states)
+        return logits, weights, chosen.clamp_max(router.num_experts - 2)
+
+    Qwen3VLMoeTextTopKRouter.forward = rerouted  # type: ignore[method-assign]
+
+
 def fill_disk(part: str) -> None:
     """Let this process write no file whose name has this part."""
     save = torch.save
@@ -217,6 +229,7 @@ def train(
     poison: tuple[int, int, str] | None = None,
     full_disk: tuple[int, str] | None = None,
     sparse: bool = False,
+    starved: int | None = None,
     whole: bool = False,
     lora: bool = False,
     kl: dict[str, Any] | None = None,
@@ -234,6 +247,7 @@ def train(
         poison: the rank and the batch at which a network's gradients become NaN, and the network.
         full_disk: the rank that cannot write files with this in their names.
         sparse: the release's discriminator, with a router.
+        starved: the rank on which no token goes to the last expert.
         whole: GAD's, which reads a response in one pass.
         lora: train adapters of the policy.
         kl: `KLPenalty`.
@@ -245,6 +259,8 @@ def train(
     torch.set_num_threads(1)
     if full_disk and full_disk[0] == rank:
         fill_disk(full_disk[1])
+    if starved == rank:
+        starve_last_expert()
     per_step = 1 if shared_group else 2
     script = SCRIPT if not shared_group else SCRIPT[:4] + SCRIPT[8:12] + SCRIPT[16:20]
     size = 4 * per_step

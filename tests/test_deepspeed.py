@@ -1,5 +1,6 @@
 """Two processes under DeepSpeed train what one process trains: every stage of ZeRO, alone and mixed, and DDP."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,14 @@ def test_ranks_that_route_to_other_experts_train_what_one_process_trains(told_of
     assert_same_training(told, told_of(1, sparse=True), **tolerances("SGD"))
     if stage == 3:
         assert_built_sharded(told, ["policy", "discriminator"])
+
+
+def test_an_expert_may_have_no_token_on_one_rank(told_of):
+    """DeepSpeed compares the calls of all modules over ranks at stage 3: an expert's activation is called by the ranks
+    that have tokens for it."""
+    told = told_of(2, strategy=3, sparse=True, starved=1)
+    assert all(math.isfinite(step["align/discriminator_loss"]) for step in told["steps"])
+    assert len(told["steps"]) == 3
 
 
 @pytest.mark.slow

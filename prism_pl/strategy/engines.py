@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from prism_pl.lora import has_lora
 from prism_pl.optim import clip_gradients
 from prism_pl.parent import end_with_parent
-from prism_pl.strategy.sharding import finer_than_bf16, is_sharded, restore_masters
+from prism_pl.strategy.sharding import finer_than_bf16, is_sharded, restore_masters, whole_shape
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -141,16 +141,27 @@ def hold_frozen(network: nn.Module, config: dict[str, Any]) -> None:
 
 def _prepare(network: nn.Module, config: dict[str, Any]) -> None:
     """At stage 3: what was made outside of transformers takes the precision of the rest, which DeepSpeed expects of a
-    network that it finds sharded. A mixture's experts need no mark as DeepSpeed's leaf modules: they are stacked in
-    weights of one module, gathered whole around its call, so ranks that route to other experts gather alike."""
+    network that it finds sharded, and a mixture's experts become DeepSpeed's leaf modules."""
     if config["zero_optimization"]["stage"] != 3:
         return
     if has_lora(network):
         raise ValueError("ZeRO-3 with policy.lora is not supported: adapters are small, set stage 2, or lora: null")
+    _mark_experts(network)
     if config["bf16"]["enabled"]:
         for parameter in network.parameters():
             if not is_sharded(parameter):
                 parameter.data = parameter.data.bfloat16()
+
+
+def _mark_experts(network: nn.Module) -> None:
+    """Experts are stacked in the weights of one module and are gathered around its call, by all ranks alike. But the
+    module inside it, the activation, is called once for each expert that has a token, and DeepSpeed wants the same
+    calls on every rank: it has to look at the outer one alone."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in network.modules():
+        if any(len(whole_shape(parameter)) == 3 for parameter in module.parameters(recurse=False)):
+            set_z3_leaf_module(module, True)
 
 
 def _place() -> Namespace:
