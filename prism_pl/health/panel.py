@@ -113,8 +113,8 @@ class ExpertPanel:
             tie counting one half; `explained/<shadow>`, the share of the scores' variance inside groups; `score_std`,
             the mean over groups of two or more; `saturated_margins`, the share of pairs above `SATURATED_MARGIN`;
             `saturated_scores`, the share of rollouts and demonstrations above `SATURATED_SHARE` of the clip's limit,
-            where there is one. Once the window is full also `style/<shadow>`, 1 where the expert may be rewarding style. NaN where nothing was
-            counted.
+            where there is one. Once the window is full also `style/<shadow>`, 1 where the expert may be rewarding
+            style. NaN where nothing was counted.
         """
         sums = _sums(step, score_clip)
         for name, shadow in self.shadows.items():
