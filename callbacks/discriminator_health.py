@@ -31,7 +31,7 @@ class DiscriminatorHealth(Callback):
       more than `max_explained`. From the first full window on; the first time of each also a warning;
     * `health/score_std/<expert>`: spread inside groups, which is what the policy learns from;
     * `health/saturated_margins/<expert>`, `health/saturated_scores/<expert>`: shares of pairs that teach nothing any
-      more, and of scores beyond the clip;
+      more, and of scores that the clip lets learn nothing any more: under 1% of their gradient is left;
 
     of the step alone `health/grad_norm/<expert>`, before clipping, of the parameters that are the expert's own (it
     stands in their names), and `health/grad_norm/shared` of all others: a kind whose experts have nothing of their own

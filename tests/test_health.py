@@ -12,8 +12,9 @@ import torch
 
 from callbacks import DiscriminatorHealth
 from prism_pl.health.features import length_features, surface_features
-from prism_pl.health.panel import SATURATED_MARGIN, ExpertPanel, Judged, joined, judged
+from prism_pl.health.panel import SATURATED_MARGIN, SATURATED_SHARE, ExpertPanel, Judged, joined, judged
 from prism_pl.health.shadow import OnlineRegression, Shadow, deviations, explained_variance
+from prism_pl.losses import soft_clip
 from tests.style_game import Game
 from tests.test_callbacks import Stage, fit, read, scalars, step_outputs
 
@@ -98,13 +99,22 @@ def test_accuracy_spread_and_saturation_by_hand():
     assert numbers["score_std"] == pytest.approx(math.sqrt(2))  # of 1 and 3; a single rollout has no spread
     assert pytest.approx(math.log(99)) == SATURATED_MARGIN
     assert numbers["saturated_margins"] == pytest.approx(2 / 3)  # 8 and 6, above 4.6
-    # x / sqrt(1 + (x / 10)^2) at x = 10 is 7.07: of 1, 3, 4, 9, 4 one lies beyond.
-    assert numbers["saturated_scores"] == pytest.approx(1 / 5)
+    assert numbers["saturated_scores"] == 0  # of 1, 3, 4, 9, 4 none is beyond 9.77
+    assert ExpertPanel().update(step, score_clip=9.1)["saturated_scores"] == pytest.approx(1 / 5)  # beyond 8.89
     # Texts that are all alike: every pair is a tie, and nothing of the scores is explained.
     assert numbers["accuracy/length"] == 0.5
     assert numbers["explained/surface"] == 0.0
     assert not any(name.startswith("style/") for name in numbers)  # the window is not full
     assert "saturated_scores" not in ExpertPanel().update(step)
+
+
+def test_a_saturated_score_has_a_hundredth_of_its_gradient_left():
+    limit = 10.0
+    score = torch.tensor(limit * SATURATED_SHARE / math.sqrt(1 - SATURATED_SHARE**2), requires_grad=True)
+    clipped = soft_clip(score, limit)
+    clipped.backward()
+    assert float(clipped) == pytest.approx(limit * SATURATED_SHARE)
+    assert float(score.grad) == pytest.approx(0.01, rel=1e-4)
 
 
 def test_numbers_are_sums_over_the_window():

@@ -15,6 +15,9 @@ from prism_pl.health.shadow import Shadow, deviations, explained_variance
 
 # A margin above this leaves Bradley-Terry a gradient, sigmoid(-margin), under 1% of a wrongly ranked pair's.
 SATURATED_MARGIN = math.log(99)
+# A clipped score beyond this share of the limit keeps under 1% of its gradient: the slope behind the soft clip is
+# (1 - share^2)^(3/2).
+SATURATED_SHARE = math.sqrt(1 - 0.01 ** (2 / 3))
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,9 @@ class ExpertPanel:
             Over the window so far: `accuracy/discriminator` and `accuracy/<shadow>`, the share of pairs ranked right, a
             tie counting one half; `explained/<shadow>`, the share of the scores' variance inside groups; `score_std`,
             the mean over groups of two or more; `saturated_margins`, the share of pairs above `SATURATED_MARGIN`;
-            `saturated_scores`, the share of rollouts and demonstrations beyond the clip, where there is one. Once the
-            window is full also `style/<shadow>`, 1 where the expert may be rewarding style. NaN where nothing was
-            counted.
+            `saturated_scores`, the share of rollouts and demonstrations above `SATURATED_SHARE` of the clip's limit,
+            where there is one. Once the window is full also `style/<shadow>`, 1 where the expert may be rewarding
+            style. NaN where nothing was counted.
         """
         sums = _sums(step, score_clip)
         for name, shadow in self.shadows.items():
@@ -160,8 +163,7 @@ def _sums(step: Judged, score_clip: float | None) -> dict[str, float]:
     spread_P = (squares_PG.sum(1) / (num_valid_P - 1)).sqrt()[num_valid_P > 1]
     # sign makes a tie one half; but torch's sign of NaN is 0, which would pass for a tie.
     wins_N = torch.where(margins_N.isnan(), margins_N, (margins_N.sign() + 1) / 2)
-    # The clip bends: |x| > limit before it is |x| > limit / sqrt(2) behind it.
-    edge = math.inf if score_clip is None else score_clip / math.sqrt(2)
+    edge = math.inf if score_clip is None else score_clip * SATURATED_SHARE
     scores_N = torch.cat([step.scores_PG[step.valid_PG], step.demonstration_P])
     return {
         "pairs": float(len(margins_N)),

@@ -39,7 +39,7 @@ def health(figures: Figures, runs: Sequence[Run]) -> list[str]:
     note = (
         "Of the last window of steps. Pairs right: demonstration above rollout, by the discriminator and by "
         "classifiers that see only a segment's length, or how it is written. Explained: share of the variance of "
-        "the scores inside groups. Saturated: pairs that have under 1% of the gradient left, scores beyond the clip."
+        "the scores inside groups. Saturated: pairs, and clipped scores, that have under 1% of their gradient left."
     )
     lines = [*_figure(figures, runs, stages), *markdown_table(["stage", "expert", *COLUMNS], rows, num_left=2)]
     lines += ["", note, ""]
