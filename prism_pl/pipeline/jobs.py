@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from prism_pl.importing import no_collections
 from prism_pl.parent import end_with_parent
 
 # Colours, cursor movements and titles that a terminal understands and a log should not hold.
@@ -89,7 +90,8 @@ class ProcessRunner:
         return config if command == "report" else self._resolver().complete(command, config)
 
     def _resolver(self) -> Any:
-        from prism_pl.pipeline.resolve import Resolver
+        with no_collections():
+            from prism_pl.pipeline.resolve import Resolver
 
         if self._cli is None:
             self._cli = Resolver()
@@ -103,7 +105,7 @@ class ProcessRunner:
         self._prepared = True
         from prism_pl.rollout.vllm_compat import import_vllm
 
-        with contextlib.suppress(Exception):  # the command that needs it says what is wrong
+        with no_collections(), contextlib.suppress(Exception):  # the command that needs it says what is wrong
             import_vllm().LLM  # noqa: B018  (imported where it is named)
             for name in IMPORTED_BY_AN_ENGINE:
                 importlib.import_module(name)
