@@ -10,6 +10,7 @@ import sys
 
 from prism_pl import __version__
 from prism_pl.errors import UsageError, did_you_mean, report
+from prism_pl.importing import no_collections
 from prism_pl.origin import check_origin
 from prism_pl.shipped import shipped_configs
 
@@ -95,7 +96,9 @@ def _dispatch(args: list[str]) -> None:
         )
     check_origin()
     module, function = COMMANDS[args[0]][1].split(":")
-    getattr(importlib.import_module(module), function)(args)
+    with no_collections():
+        imported = importlib.import_module(module)
+    getattr(imported, function)(args)
 
 
 def _help() -> str:

@@ -39,6 +39,7 @@ from prism_pl.checkpoint_files import (
 from prism_pl.errors import Stopped, UsageError, did_you_mean
 from prism_pl.explain import explain, explain_lightning, file_with_key, nested_keys, own_error
 from prism_pl.folders import checkpoint_name
+from prism_pl.importing import no_collections
 from prism_pl.last_checkpoint import LastCheckpoint
 from prism_pl.origin import SYSTEMS, check_origin
 from prism_pl.run_folder import (
@@ -77,10 +78,11 @@ def run(args: list[str]) -> None:
 def import_systems() -> None:
     """Import every file of modules/, datamodules/ and callbacks/, so that their classes go by short names too."""
     check_origin()
-    for name in SYSTEMS:
-        package = importlib.import_module(name)
-        for found in pkgutil.walk_packages(package.__path__, prefix=f"{name}."):
-            importlib.import_module(found.name)
+    with no_collections():
+        for name in SYSTEMS:
+            package = importlib.import_module(name)
+            for found in pkgutil.walk_packages(package.__path__, prefix=f"{name}."):
+                importlib.import_module(found.name)
 
 
 class ConfigFile(ActionConfigFile):

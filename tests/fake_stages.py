@@ -66,7 +66,7 @@ class FakeRunner:
         self.started: list[str] = []
         self.jobs: list[FakeJob] = []
 
-    def prepare(self, configs: list[dict[str, Any]]) -> None: ...
+    def prepare(self, config: dict[str, Any]) -> None: ...
 
     def resolve(self, args: list[str]) -> dict[str, Any]:
         config: dict[str, Any] = {}

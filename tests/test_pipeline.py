@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -580,6 +582,45 @@ def test_processes_side_by_side_share_the_cores(monkeypatch, given, threads):
     jobs.ProcessRunner(parallel=4).start(["fit"], Path("run/stage.log"), on_screen=False)
     assert environments[0]["OMP_NUM_THREADS"] == threads
     assert jobs.ProcessRunner().threads is None  # alone a stage has them all
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stages are forked on Linux only")
+@pytest.mark.parametrize("given", [None, "5"])
+def test_forks_side_by_side_share_the_cores(monkeypatch, given):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)  # torch has read it when it was imported
+    had = torch.get_num_threads()
+    monkeypatch.setattr(jobs, "can_fork", lambda: True)
+    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 4 * (had + 1))
+    monkeypatch.setattr("prism_pl.__main__.main", lambda args: print(torch.get_num_threads()))
+    log = Path("run/stage.log")
+    job = jobs.ProcessRunner(parallel=4).start(["fit"], log, on_screen=False)
+    while (code := job.poll()) is None:
+        time.sleep(0.01)
+    assert code == 0
+    assert log.read_text() == f"{had + 1 if given is None else had}\n"
+
+
+def test_the_engine_is_imported_once_and_only_for_stages_that_name_one(monkeypatch):
+    imported = []
+    monkeypatch.setattr(jobs, "can_fork", lambda: True)
+    monkeypatch.setattr("prism_pl.rollout.vllm_compat.import_vllm", lambda: imported.append("vllm"))
+    monkeypatch.setattr(jobs.gc, "freeze", lambda: None)
+    monkeypatch.setattr(jobs.atexit, "register", lambda function: None)
+    runner = jobs.ProcessRunner()
+    runner.prepare({"model": {"class_path": "modules.SFTModule"}})
+    assert imported == []
+    for name in ("AutoEngine", "VLLMEngine"):
+        runner.prepare({"model": {"engine": {"class_path": f"prism_pl.rollout.{name}"}}})
+    assert imported == ["vllm"]
+
+
+def test_each_stage_is_prepared_for_before_it_starts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(FakeRunner, "prepare", lambda self, config: seen.append(len(self.started)))
+    assert len(start().started) == len(seen)
+    assert seen == list(range(len(seen)))
 
 
 def test_what_does_not_depend_on_a_failure_still_runs_if_asked_to():

@@ -162,7 +162,6 @@ class Start:
             )
             return
         ledger.content["command"] = self.command
-        runner.prepare([self.wanted[name].config for name, step in plan.items() if step.action != "skip"])
         options = self.pipeline.options
         Execution(
             self.graph, self.wanted, plan, ledger, runner, options.parallel, self.command, options.keep_going

@@ -181,6 +181,7 @@ class Execution:
             print(f"\n[{name}]{here} $ {entry['command']}", flush=True)
         else:
             print(f"[{name}] started{here}; prints to {folder / LOG}", flush=True)
+        self.runner.prepare(wanted.config)
         log = folder / LOG
         self.log_begins[name] = log.stat().st_size if log.exists() else 0
         job = self.runner.start(wanted.args, log, on_screen=self.parallel == 1)

@@ -16,15 +16,22 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from prism_pl.importing import no_collections
 from prism_pl.parent import end_with_parent
 
 # Colours, cursor movements and titles that a terminal understands and a log should not hold.
 TERMINAL_CODE = re.compile(rb"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")
 ENGINES = re.compile(r"prism_pl\.rollout\.(\w+\.)*(AutoEngine|VLLMEngine)")
+# What vLLM leaves to each start of an engine.
+IMPORTED_BY_AN_ENGINE = (
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.qwen3_vl",
+    "vllm.model_executor.layers.quantization.online.base",
+)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -52,8 +59,8 @@ class Runner(Protocol):
         the command does not know or lacks what has no default."""
         ...
 
-    def prepare(self, configs: Iterable[dict[str, Any]]) -> None:
-        """What can be done once for all stages, whose configurations are given, before the first starts."""
+    def prepare(self, config: dict[str, Any]) -> None:
+        """Before a stage of this configuration starts: what can be done once for it and all later ones."""
         ...
 
     def start(self, args: list[str], log: Path, on_screen: bool) -> Job:
@@ -66,14 +73,15 @@ class ProcessRunner:
 
     Args:
         lock: file descriptor that the stages inherit; it keeps the run folder taken while one of them lives.
-        parallel: stages at once. Processes of their own then compute with their share of the cores each: with as many
-            threads as cores in every one of them, all would wait for each other.
+        parallel: stages at once. Each then computes with its share of the cores: with as many threads as cores in every
+            one of them, all would wait for each other.
     """
 
     def __init__(self, lock: int | None = None, parallel: int = 1) -> None:
         self.lock = lock
         self.threads = max(1, (os.cpu_count() or 1) // parallel) if parallel > 1 else None
         self._cli: Any = None
+        self._prepared = False
 
     def resolve(self, args: list[str]) -> dict[str, Any]:
         return _options(args) if args[0] == "report" else self._resolver()(args)
@@ -82,22 +90,25 @@ class ProcessRunner:
         return config if command == "report" else self._resolver().complete(command, config)
 
     def _resolver(self) -> Any:
-        from prism_pl.pipeline.resolve import Resolver
+        with no_collections():
+            from prism_pl.pipeline.resolve import Resolver
 
         if self._cli is None:
             self._cli = Resolver()
         return self._cli
 
-    def prepare(self, configs: Iterable[dict[str, Any]]) -> None:
-        """Import what the commands need. Nothing is computed: a fork would lack the threads that compute."""
-        if not can_fork() or not any(ENGINES.search(str(config)) for config in configs):
+    def prepare(self, config: dict[str, Any]) -> None:
+        """Import the engine before the first stage that names one; those that name none need not wait for it. Nothing
+        is computed: a fork would lack the threads that compute."""
+        if self._prepared or not can_fork() or not ENGINES.search(str(config)):
             return
+        self._prepared = True
         from prism_pl.rollout.vllm_compat import import_vllm
 
-        with contextlib.suppress(Exception):  # the command that needs it says what is wrong
+        with no_collections(), contextlib.suppress(Exception):  # the command that needs it says what is wrong
             import_vllm().LLM  # noqa: B018  (imported where it is named)
-            importlib.import_module("vllm.v1.worker.cpu_worker")
-            importlib.import_module("vllm.model_executor.models.qwen3_vl")
+            for name in IMPORTED_BY_AN_ENGINE:
+                importlib.import_module(name)
         gc.freeze()  # collections in a fork then pass over what was imported
         atexit.register(gc.unfreeze)
 
@@ -108,7 +119,9 @@ class ProcessRunner:
         log.parent.mkdir(parents=True, exist_ok=True)
         with _signals_wait():
             if can_fork():
-                process: Any = multiprocessing.get_context("fork").Process(target=_child, args=(args, writer))
+                process: Any = multiprocessing.get_context("fork").Process(
+                    target=_child, args=(args, writer, self.threads)
+                )
                 process.start()
             else:
                 process = _python(args, writer, self.lock, self.threads)
@@ -204,8 +217,8 @@ def _own_process() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _child(args: list[str], writer: int) -> None:
-    """What `python -m prism_pl ARGS` does, in a fork with everything imported already."""
+def _child(args: list[str], writer: int, threads: int | None) -> None:
+    """What `python -m prism_pl ARGS` does, in a fork with everything imported already. See `_python` for `threads`."""
     os.dup2(writer, 1)
     os.dup2(writer, 2)
     os.close(writer)
@@ -214,6 +227,10 @@ def _child(args: list[str], writer: int) -> None:
         for fd in (1, 2)
     )
     sys.argv = ["prism_pl", *args]
+    if threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(threads)
     from prism_pl.__main__ import main
 
     _own_process()
