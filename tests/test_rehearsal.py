@@ -1,13 +1,10 @@
 """What measuring at full size with random weights rests on: engines that say something well-formed, and the dry run."""
 
-import json
-
 import pytest
 import yaml
 
 from benchmarks.dry_run import BASELINE, prepare
 from benchmarks.rehearsal import RehearsedEngine
-from prism_pl.__main__ import main
 from prism_pl.batch import Example
 from prism_pl.chat import parse
 from prism_pl.pipeline.graph import build_graph
@@ -49,15 +46,3 @@ def test_the_dry_run_lays_over_the_shipped_pipeline(tmp_path):
             assert node.stage.set["trainer.enable_checkpointing"] is False, name
     overlay = yaml.safe_load(file.read_text())
     assert overlay["run_folder"] == str(tmp_path / "dry" / "run")
-
-
-@pytest.mark.slow
-def test_the_dry_run_at_tiny_size(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    file = prepare(tmp_path / "dry", "tiny", devices=1, offload=False, baseline=True)
-    assert main(["pipeline", "--config", "qwen3vl-4b/pipeline.yaml", "--config", str(file)]) == 0
-    stages = json.loads((tmp_path / "dry" / "run" / "ledger.json").read_text())["stages"]
-    assert len(stages) == 13
-    assert {stage["status"] for stage in stages.values()} == {"finished"}
-    scores = json.loads((tmp_path / "dry" / "run" / "evaluate-rlvr" / "evaluation.json").read_text())
-    assert scores["name"] == "rlvr"

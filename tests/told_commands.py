@@ -1,5 +1,6 @@
-"""The commands that a page tells, one after the other, each up to where it would begin to work."""
+"""The pages, the commands that they tell, and what these begin with: each up to where it would begin to work."""
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -14,7 +15,35 @@ from prism_pl.__main__ import main
 from prism_pl.cli import PrismCLI, completed
 from prism_pl.run_folder import refuse_other_settings, write_config
 
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+WRITTEN = [page for page in PAGES if "results/demo" not in str(page) and "results/ablations" not in str(page)]
+ROWS = [{"id": str(n), "problem_text": f"What is {n} + 1?", "final": str(n + 1)} for n in range(8)]
 LEFT_BY_A_RUN = re.compile(r"\b(runs/\S+)/(?:export[\w-]*|pass_rates\.jsonl)(?=\s|$)")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands_of(page: Path) -> list[str]:
+    """The commands of a page, as one line each."""
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python -m prism_pl")]
+
+
+def commands() -> list[str]:
+    """Every command of the pages; of equal ones the first."""
+    return list(dict.fromkeys(command for page in WRITTEN for command in commands_of(page)))
+
+
+def write_parts(folder: Path) -> None:
+    """What the pages tell a reader to write, classes and YAMLs, and a few rows."""
+    (folder / "my_parts.py").write_text(blocks(ROOT / "docs" / "your-parts.md", "python")[0])
+    (folder / "my_data.yaml").write_text(blocks(ROOT / "docs" / "your-data.md", "yaml")[0])
+    (folder / "adapters.yaml").write_text(blocks(ROOT / "docs" / "export.md", "yaml")[0])
+    (folder / "my_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
 
 def of_lightning(command: str) -> bool:
