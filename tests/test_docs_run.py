@@ -1,5 +1,5 @@
-"""Every command of the documentation runs, in the order of its page, with flags behind it that make it small. Those of the
-tiny configurations run in `make test`, those of 4B and 8B as rehearsals at tiny size in `make test-all`."""
+"""Every command of the documentation runs, in the order of its page, with flags behind it that make it small. Those of
+the tiny configurations run in `make test`, those of 4B and 8B as rehearsals at tiny size in `make test-all`."""
 
 import json
 import re
