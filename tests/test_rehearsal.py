@@ -1,6 +1,5 @@
 """What measuring at full size with random weights rests on: engines that say something well-formed, and the dry run."""
 
-import pytest
 import yaml
 
 from benchmarks.dry_run import BASELINE, prepare
