@@ -148,6 +148,14 @@ def test_states_that_lie_elsewhere_between_steps_step_alike(told_of, stage, opti
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("module", ["sft", "warmup"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_automatic_optimisation_leaves_the_gradients_of_an_offloaded_optimiser_alone(told_of, module, stage):
+    told = told_of(2, stage=module, strategy=stage, optimizer="AdamW", options={"offload_optimizer": True})
+    assert_same_training(told, told_of(1, stage=module, optimizer="AdamW"), **tolerances("AdamW"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_parked_masters_of_bf16_weights_are_stepped_and_saved_as_others_are(ranks, told_of, tmp_path, stage):
     options: dict[str, Any] = {"strategy": stage, "precision": "bf16-mixed", "optimizer": "AdamW"}

@@ -158,9 +158,6 @@ def test_the_commands_of_4b_run_at_tiny_size(run, tmp_path):
             settings = settings | {"model.num_prompts": 1, "model.overlong_buffer": 8}
         flags = [word for key, value in settings.items() for word in (f"--{key}", on_command_line(value))]
         run(command, flags + ["--fresh"] * (verb == "fit" and command not in reproduced))
-    import torch
-
-    print("GROUP", torch.distributed.is_initialized())
 
 
 @pytest.mark.slow

@@ -129,6 +129,10 @@ def start_engine(network: nn.Module, optimizer: Optimizer, config: dict[str, Any
     )
     if config["bf16"]["enabled"]:
         restore_masters(network, finer)  # they are made of weights that are rounded already
+    if engine.zero_optimization():
+        # Under automatic optimisation Lightning calls it before each backward pass. The engine forgets gradients by
+        # itself, and where the optimiser is offloaded it would lose the buffer that it copies them into.
+        optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
     return engine
 
 
