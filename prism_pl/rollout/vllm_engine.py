@@ -45,8 +45,8 @@ class VLLMEngine:
         gpu_memory: the engine's share of a GPU's memory, weights and cache. It is lent to training while it sleeps.
         kv_cache_mb: size of the key-value cache in MiB; None: 256 on a CPU, by `gpu_memory` on a GPU.
         sleep: give the memory back during the training part of a step (on a GPU; a CPU engine keeps it).
-        enforce_eager: compile nothing and record no CUDA graphs: the engine starts sooner and decodes slower, which pays
-            in runs of a few steps. A CPU engine always does so.
+        enforce_eager: compile nothing and record no CUDA graphs: the engine starts sooner and decodes slower, which
+            pays in runs of a few steps. A CPU engine always does so.
     """
 
     def __init__(
