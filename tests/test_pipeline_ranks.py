@@ -1,5 +1,5 @@
-"""The whole method on two processes a stage, under DeepSpeed's ZeRO-2 and with vLLM: each stage for two steps, and the
-shipped pipeline for all of its steps."""
+"""The whole method on two processes a stage, under DeepSpeed's ZeRO-2 and with vLLM: each stage for two steps, on CPUs
+or on GPUs, and the shipped pipeline for all of its steps."""
 
 import json
 import math
@@ -79,12 +79,13 @@ stages:
 """
 
 
-def run(folder: Path, config: str, *over: str, timeout: float) -> dict:
+def run(folder: Path, config: str, *over: str, timeout: float, accelerator: str = "cpu") -> dict:
     """The ledger's stages after the pipeline of this YAML, laid over shipped ones; all finished."""
     (folder / "ranks.yaml").write_text(config)
     files = [part for name in (*over, "ranks.yaml") for part in ("--config", name)]
     command = [sys.executable, "-m", "prism_pl", "pipeline", *files, "--run_folder", "run"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -131,6 +132,72 @@ def test_every_stage_takes_two_steps_on_two_processes(tmp_path, timed):
     assert stages["rlvr"]["results"]["kept"] == stages["filter"]["results"]["prompts"] == 8
     assert set(stages["evaluate"]["results"]["tables"]) == {"test", "hard"}
     assert "rlvr" in (tmp_path / "run/report/report.md").read_text()
+
+
+two_gpus = pytest.mark.skipif("__import__('torch').cuda.device_count() < 2", reason="needs two GPUs")
+EAGER = "{class_path: prism_pl.rollout.VLLMEngine, init_args: {enforce_eager: true}}"
+# As above, in bf16, validated after each step, with groups that span both ranks and dynamic sampling.
+ON_GPUS = (
+    SHORT.replace("prism_pl.rollout.VLLMEngine", EAGER)
+    .replace(
+        "limit_val_batches: 0",
+        """limit_val_batches: 1
+      trainer.val_check_interval: 1
+      trainer.accelerator: gpu
+      trainer.precision: bf16-mixed""",
+    )
+    .replace("model.num_rollouts: 2", "model.num_rollouts: 2\n      model.ranks_per_group: 2")
+    .replace("data.keep:", "model.dynamic_sampling: true\n      data.keep:")
+)
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_every_stage_takes_and_validates_two_steps_on_two_gpus(tmp_path, timed):
+    stages = timed(tmp_path, ON_GPUS.replace("ASSETS", str(ROOT / "assets")), timeout=580, accelerator="cuda")
+    metrics = {name: stages[name]["results"]["metrics"] for name in TRAINED}
+    for name, prefix in zip(TRAINED, ("sft/val_loss", "warmup/val_", "align/val_", "rlvr/val_"), strict=True):
+        assert_trained_on_two(tmp_path, stages, name, 2)
+        assert any(metric.startswith(prefix) for metric in metrics[name])
+    for name in ("align", "rlvr"):
+        assert metrics[name]["rollout/probe_difference"] < 0.1  # of bf16
+
+
+# Lightning's own strategy, whose checkpoints are not read.
+STOCK = """
+defaults:
+  fit:
+    set:
+      trainer.strategy: deepspeed_stage_2
+      trainer.devices: 2
+      trainer.accelerator: gpu
+      trainer.precision: bf16-mixed
+      trainer.max_steps: 2
+      trainer.limit_val_batches: 1
+      trainer.val_check_interval: 1
+      trainer.enable_checkpointing: false
+      trainer.callbacks: [{class_path: callbacks.Export}]
+      data.num_train: 8
+      data.num_validation: 2
+      data.batch_size: 2
+stages:
+  sft: {command: fit, config: sft.yaml, set: {model.policy.path: ASSETS/sft}}
+  warmup:
+    command: fit
+    config: warmup.yaml
+    set:
+      model.policy.path: "{sft.export}"
+      model.discriminator.path: "{sft.export}"
+"""
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_sft_and_the_warm_start_train_under_lightnings_own_strategy_on_two_gpus(tmp_path, timed):
+    stages = timed(tmp_path, STOCK.replace("ASSETS", str(ROOT / "assets")), timeout=580, accelerator="cuda")
+    for name in ("sft", "warmup"):
+        assert stages[name]["results"]["step"] == 2
+    assert 0 < stages["sft"]["results"]["metrics"]["sft/loss"] < 1
 
 
 # Half of the batch on each of two processes: as many steps on as many rows as on one.
