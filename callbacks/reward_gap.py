@@ -52,7 +52,7 @@ class RewardGap(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for expert, metric in self._validation.items():
-            pl_module.log(f"align/val_reward_gap/{expert}", metric.compute()["gap"])
+            pl_module.log(f"align/val_reward_gap/{expert}", metric.compute()["gap"], sync_dist=True)
 
 
 def _update(metrics: dict[str, Any], step: Mapping[str, Any], pl_module: LightningModule) -> None:

@@ -92,8 +92,9 @@ class StructuralProxies(Callback):
         if not self._validation:
             return
         drifts = {name: metric.compute()["drift"] for name, metric in self._validation.items()}
-        pl_module.log_dict({f"proxies/{name}/val_drift": drift for name, drift in drifts.items()})
-        pl_module.log("proxies/val_drift", sum(drifts.values()) / len(drifts))
+        told = {f"proxies/{name}/val_drift": drift for name, drift in drifts.items()}
+        told["proxies/val_drift"] = sum(drifts.values()) / len(drifts)
+        pl_module.log_dict(told, sync_dist=True)  # the same on every rank, and Lightning warns where it is not told so
 
     def state_dict(self) -> dict[str, Any]:
         """The window, so that a resumed run logs what the whole one would have."""

@@ -159,6 +159,7 @@ def test_every_stage_takes_and_validates_two_steps_on_two_gpus(tmp_path, timed):
     for name, prefix in zip(TRAINED, ("sft/val_loss", "warmup/val_", "align/val_", "rlvr/val_"), strict=True):
         assert_trained_on_two(tmp_path, stages, name, 2)
         assert any(metric.startswith(prefix) for metric in metrics[name])
+        assert "sync_dist" not in (tmp_path / f"run/{name}/stage.log").read_text()  # nothing is logged of one rank
     for name in ("align", "rlvr"):
         assert metrics[name]["rollout/probe_difference"] < 0.1  # of bf16
 
