@@ -172,8 +172,9 @@ class FilesDataModule(L.LightningDataModule):
         self._rows = {
             split: FileRows(sources, self.reading, split) for split, sources in self.sources.items() if sources
         }
-        for rows in self._rows.values():
+        for split, rows in self._rows.items():
             rows.check_columns()
+            rows.check_ids(self.num_rows or len(rows) if split == "train" else len(rows))
         rows = self._rows["train"]
         indices = np.arange(min(len(rows), self.num_rows or len(rows)))
         if self.num_validation >= len(indices):
