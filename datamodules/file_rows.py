@@ -75,6 +75,7 @@ class FileRows(Dataset[Example | BadRow]):
         try:
             fields = Fields(table.row(row), self.reading.columns, self.reading.given)
             example = self.reading.read_row(fields, table.images)
+            example.images = [table.located(image) for image in example.images]
             example.id = fields.text("id") or name
         except ValueError as error:
             return BadRow(name, table.place(row), str(error))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
+from datamodules.hub_images import located
 from datamodules.json_rows import TEXT, array_lines, read_line, read_line_or_nothing
 from prism_pl.fingerprint import hash_value
 from prism_pl.input_paths import ROW_FILES
@@ -39,7 +40,7 @@ class Source:
         only: of a folder or hub repository, the file or files meant, such as `rl_training_data_5.9k.parquet`; None:
             all.
         subset, split, revision: of a hub repository; the split also of a saved `DatasetDict`.
-        image_folder: where relative image paths start; None: beside the file.
+        image_folder: where relative image paths start; None: beside the file. Of a hub repository they are fetched.
     """
 
     path: str
@@ -61,7 +62,8 @@ class Table:
     def __init__(self, source: Source, name: str) -> None:
         self.source, self.name = source, name
         self.files, self.dataset = open_source(source)
-        self.images = Path(source.image_folder or _folder(self.files, source))
+        self._on_hub = not self.files and not Path(source.path).is_dir() and source.image_folder is None
+        self.images = Path() if self._on_hub else Path(source.image_folder or _folder(self.files, source))
         self._lines = self.dataset.column_names == [TEXT]
         self._reads = 0
 
@@ -75,6 +77,13 @@ class Table:
             self.dataset = pickle.loads(pickle.dumps(self.dataset))
         row = self.dataset[index]
         return read_line(row[TEXT]) if self._lines else row
+
+    def located(self, image: Any) -> Any:
+        """An image of a row where it lies here. ValueError where it cannot be had."""
+        if not self._on_hub or not isinstance(image, Path):
+            return image
+        file = self.source.only if isinstance(self.source.only, str) else ""
+        return located(image, self.source.path, self.source.revision, str(Path(file).parent))
 
     def rows_with(self, column: str) -> Iterator[dict[str, Any]]:
         """All rows in order, where they are columns with this one (or what its path begins with) alone: images stay
