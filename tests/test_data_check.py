@@ -294,6 +294,18 @@ def test_overlap_by_hand():
     assert found.shared_rows.keys() == {0, 2, 3}
 
 
+@pytest.mark.parametrize("pixels", [True, False])
+def test_rows_are_equal_only_where_their_images_were_compared(pixels, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"<html>")
+    asked = [[picture(0)], [picture(1)], [tmp_path / "gone.png"], [picture(0), tmp_path / "broken.png"], []]
+    rows = [Example(f"{n}", "Find x.", images=images) for n, images in enumerate(asked)] * 2
+    train = Split("train", FactFinder(None, RowNeeds(), pixels)(rows))
+    found = overlap({"train": train, "test": Split("test", train.facts[5:])}, {})
+    # The two with pictures that can be read stand again, and the one without any.
+    assert found.duplicates["train"] == ({5: 0, 6: 1, 9: 4} if pixels else {9: 4})
+    assert found.shared_rows.keys() == ({0, 1, 4, 5, 6, 9} if pixels else {4, 9})
+
+
 def test_a_histogram_by_hand():
     lines = histogram([10, 10, 11, 12, 33])
     # 24 lengths in 12 ranges of 2; three rows are the fullest range, 40 marks long.
