@@ -1,9 +1,11 @@
 """`data check`: every planted fault is named, and a run leaves out what it lists."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -18,7 +20,7 @@ from prism_pl.batch import Example
 from prism_pl.chat import parse, segments
 from prism_pl.data.facts import FactFinder, looks, pixel_key, question_key
 from prism_pl.data.overlap import Split, overlap
-from prism_pl.data.report import histogram
+from prism_pl.data.report import histogram, report
 from prism_pl.discriminator import SparseMoEDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.rollout import Sampling, TransformersEngine, VLLMEngine
@@ -304,6 +306,36 @@ def test_rows_are_equal_only_where_their_images_were_compared(pixels, tmp_path):
     # The two with pictures that can be read stand again, and the one without any.
     assert found.duplicates["train"] == ({5: 0, 6: 1, 9: 4} if pixels else {9: 4})
     assert found.shared_rows.keys() == ({0, 1, 4, 5, 6, 9} if pixels else {4, 9})
+
+
+def test_what_was_not_compared_is_said():
+    def split(name, images, pixels=True):
+        rows = [Example(f"{name}-{n}", f"{n}?", images=[image]) for n, image in enumerate(images)]
+        return Split(name, FactFinder(None, RowNeeds(), pixels)(rows))
+
+    def page(splits, others):
+        found = overlap(splits, others)
+        return found, report(splits, others, found, RowNeeds(), Path("found"))
+
+    pictures = [picture(n) for n in range(3)]
+    train, astray = split("train", pictures), split("bench", [Path("gone", f"{n}.png") for n in range(3)])
+    found, said = page({"train": train}, {"bench": astray, "half": split("half", [pictures[0], Path("gone.png")])})
+    assert list(found.shared[("train", "bench")].values()) == [3, None, None, None]
+    assert list(found.shared[("train", "half")].values()) == [2, 1, 1, 1]
+    assert "| bench | 3 | 0 | 3 | - | 0 |" in re.sub(" +", " ", said)
+    assert "| train | bench | 3 | - | - | - |" in re.sub(" +", " ", said)
+    assert "3 x image that cannot be used\n    * row 'bench-0': the image 'gone/0.png' does not exist" in said
+    assert "3 of 3 rows of bench could not be read: what training rows share with them is not known" in said
+    assert "1 of 2 rows of half could not be read" in said
+
+    headers = {name: split(name, pictures, pixels=False) for name in ("train", "test")}
+    found, said = page(headers, {})
+    assert list(found.shared[("train", "test")].values()) == [3, None, None, None]
+    assert "| train | 3 | 3 | 3 | - | 0 |" in re.sub(" +", " ", said)
+    assert "--headers_only reads none" in said
+    _, said = page({"train": train, "test": split("test", pictures)}, {})
+    assert "not compared" not in said
+    assert "could not be read" not in said
 
 
 def test_a_histogram_by_hand():

@@ -63,13 +63,14 @@ def run(args: list[str]) -> None:
         # Over a whole configuration, since it may hold the data alone.
         other = DataOnlyCLI(["--config", "evaluate.yaml", "--config", config])
         name = stage_of(Path(config))
-        others[name] = collect(other.datamodule, other.trainer, "test", FactFinder(None, RowNeeds()), name)
+        reader = FactFinder(None, RowNeeds(), pixels=not options.headers_only)
+        others[name] = collect(other.datamodule, other.trainer, "test", reader, name)
     found = overlap(splits, others)
     exclude(splits["train"], found, options.exclude)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, splits, cli.datamodule)
-    text = report(splits, found, needs, folder)
+    text = report(splits, others, found, needs, folder)
     (folder / "check.md").write_text(text)
     print(text)
 
