@@ -27,6 +27,7 @@ from prism_pl.rollout import Sampling, TransformersEngine, VLLMEngine
 from prism_pl.row_needs import Lengths, RowNeeds, with_discriminator, with_engine
 from prism_pl.segments import segment_ids
 from scripts.blank_policy import ROOT
+from tests.benchmark_files import write_benchmarks
 from tests.conftest import make_examples
 from tests.file_data import RESPONSE, opened, picture, prompt, sharegpt, write_images, write_lines, write_parquet
 
@@ -252,6 +253,26 @@ def test_bad_held_out_rows_are_counted_and_left_out(folder, blank_policy, capsys
         left = [row.id for batch in data.val_dataloader() for row in batch]
     assert left == [f"rows-{n}" for n in held_out[1:]]
     assert "Data check: 1 of 3 validation rows left out; 1 x image that cannot be used." in caplog.text
+
+
+def test_test_rows_alone_are_checked_as_an_evaluation_needs_them(folder, blank_policy, capsys):
+    benchmark = write_benchmarks(folder / "files")[4]
+    named = [{"class_path": "prism_pl.benchmarks.MMMU", "init_args": {"path": benchmark.path}}]
+    model = {"policy": {"path": blank_policy}, "engine": "prism_pl.rollout.VLLMEngine"}
+    (folder / "mine.yaml").write_text(yaml.safe_dump({"model": model, "data": {"benchmarks": named}}))
+    check = ["data", "check", "--config", "benchmarks.yaml", "--config", "mine.yaml", "--out", "found"]
+    check += ["--model.engine.max_model_len", "9000", "--headers_only"]
+    assert main([*check, "--model.engine.max_images", "2"]) == 0
+    page = capsys.readouterr().out
+    assert "What the stage needs of a row: answers, max prompt 808, max images 2." in page
+    assert "An evaluation can use all 3 test rows." in page
+    assert main([*check, "--model.engine.max_images", "1"]) == 0
+    page = capsys.readouterr().out
+    assert "An evaluation does not begin: it cannot use 1 of 3 test rows (found/excluded.jsonl lists them)." in page
+    (row,) = map(json.loads, (folder / "found" / "excluded.jsonl").read_text().splitlines())
+    assert (row["id"], row["reason"]) == ("mmmu/validation_Geography_3", "over 1 images, the engine's max_images")
+    assert main([*check, "--exclude", "duplicates"]) == 2
+    assert "this configuration has test rows alone" in capsys.readouterr().err
 
 
 def test_keys_tell_equal_images_and_questions():

@@ -49,9 +49,9 @@ def overlap(splits: Mapping[str, Split], others: Mapping[str, Split]) -> Found:
     sets = {**splits, **others}
     for name, split in sets.items():
         found.duplicates[name] = _duplicates(split.facts)
-    train = splits["train"]
+    train = splits.get("train")
     for name, other in sets.items():
-        if name != "train":
+        if train is not None and name != "train":
             _compare(train, other, found)
     return found
 

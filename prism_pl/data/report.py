@@ -118,6 +118,8 @@ def _shared(found: Found) -> list[str]:
 
 
 def _verdict(splits: Mapping[str, Split], folder: Path) -> list[str]:
+    if "train" not in splits:
+        return [_of_an_evaluation(split, folder) for split in splits.values()]
     lines = []
     for name in (name for name in ("train", "validation") if name in splits):
         rows, called = splits[name].facts, "training" if name == "train" else name
@@ -135,6 +137,17 @@ def _verdict(splits: Mapping[str, Split], folder: Path) -> list[str]:
             "these rows alone). Rows of a validation file of its own have to be mended."
         )
     return lines
+
+
+def _of_an_evaluation(split: Split, folder: Path) -> str:
+    unusable = sum(bool(row.unusable) for row in split.facts)
+    if not unusable:
+        return f"An evaluation can use all {len(split.facts):,} {split.name} rows."
+    return (
+        f"An evaluation does not begin: it cannot use {unusable:,} of {len(split.facts):,} {split.name} rows "
+        f"({folder / EXCLUDED} lists them). Raise the limits that are named, scale images down with "
+        "model.policy.max_pixels, or mend the rows."
+    )
 
 
 def _not_compared(sets: Mapping[str, Split], found: Found) -> list[str]:
