@@ -46,6 +46,7 @@ APPENDED = {
     " --model.num_resamples 50",
     "test --config benchmarks.yaml": f"--trainer.accelerator cpu {SHORT} --data.limit 2 --model.num_resamples 50"
     f" --data.benchmarks '{BENCHMARK}'",
+    "data check --config benchmarks.yaml": f"--data.limit 2 --data.benchmarks '{BENCHMARK}'",
     "data check": FEW,
     "data pairs": "--trainer.accelerator cpu --data.num_train 8",
     "data distill": "--data.num_train 4",
@@ -57,7 +58,7 @@ MADE_BEFORE = {"export": ["python -m prism_pl test --config evaluate.yaml --mode
 # Page -> what its commands leave, beside what other pages read.
 LEFT = {
     "data": ["runs/check/check.md", "runs/pairs/pairs.jsonl", "runs/distill/demonstrations.jsonl"],
-    "evaluate": ["runs/evaluate-sft/evaluation.json", "runs/qwen3vl-4b/report.md"],
+    "evaluate": ["runs/check-benchmarks/check.md", "runs/evaluate-sft/evaluation.json", "runs/qwen3vl-4b/report.md"],
     "export": ["runs/sft+adapters/export-adapters/adapter_model.safetensors", "uploaded.md"],
     "your-data": ["runs/evaluate-rlvr+my_data/evaluation.json"],
 }
