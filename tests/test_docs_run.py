@@ -44,6 +44,7 @@ APPENDED = {
     "predict": f"--trainer.accelerator cpu {SHORT} --data.num_train 8 --model.num_samples 2",
     "test --config evaluate.yaml": f"--trainer.accelerator cpu {SHORT} --data.num_test 4 --data.num_hard 4"
     " --model.num_resamples 50",
+    "my_parts.Sums": f"--trainer.accelerator cpu {SHORT} --model.num_resamples 50",
     "test --config benchmarks.yaml": f"--trainer.accelerator cpu {SHORT} --data.limit 2 --model.num_resamples 50"
     f" --data.benchmarks '{BENCHMARK}'",
     "data check --config benchmarks.yaml": f"--data.limit 2 --data.benchmarks '{BENCHMARK}'",
@@ -60,6 +61,7 @@ LEFT = {
     "data": ["runs/check/check.md", "runs/pairs/pairs.jsonl", "runs/distill/demonstrations.jsonl"],
     "evaluate": ["runs/check-benchmarks/check.md", "runs/evaluate-sft/evaluation.json", "runs/qwen3vl-4b/report.md"],
     "export": ["runs/sft+adapters/export-adapters/adapter_model.safetensors", "uploaded.md"],
+    "your-parts": ["runs/benchmarks-sft/evaluation.json"],
     "your-data": ["runs/evaluate-rlvr+my_data/evaluation.json"],
 }
 

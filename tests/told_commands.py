@@ -40,7 +40,7 @@ def commands() -> list[str]:
 
 def write_parts(folder: Path) -> None:
     """What the pages tell a reader to write, classes and YAMLs, and a few rows."""
-    (folder / "my_parts.py").write_text(blocks(ROOT / "docs" / "your-parts.md", "python")[0])
+    (folder / "my_parts.py").write_text("\n\n".join(blocks(ROOT / "docs" / "your-parts.md", "python")))
     (folder / "my_data.yaml").write_text(blocks(ROOT / "docs" / "your-data.md", "yaml")[0])
     (folder / "adapters.yaml").write_text(blocks(ROOT / "docs" / "export.md", "yaml")[0])
     (folder / "my_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
