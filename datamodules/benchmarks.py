@@ -54,7 +54,8 @@ class BenchmarksDataModule(LightningDataModule):
         batch_size: prompts that the engine gets at once.
         limit: take only the first so many rows of each; None is all of them.
         system_prompt: None is `prism_pl.chat.SYSTEM_PROMPT`.
-        num_workers: processes that open images.
+        num_workers: processes that read rows, and the headers of their images before the run; the engine opens images
+            in the process that samples.
     """
 
     def __init__(

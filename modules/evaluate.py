@@ -20,6 +20,7 @@ import prism_pl
 from prism_pl.batch import Example
 from prism_pl.benchmarks.judge import Asked, JudgeModel
 from prism_pl.chat import lenient_answer
+from prism_pl.data.usable import check_usable
 from prism_pl.drift_meter import DriftMeter, DriftRow, DriftSpec, build_embedder, drift_tables
 from prism_pl.evaluation import (
     Judge,
@@ -47,7 +48,7 @@ GREEDY = Sampling(temperature=0.0)
 class EvaluateModule(LightningModule):
     """Samples responses to the test prompts and measures them.
 
-    Rows need answers. Where they hold a demonstration, it is the supervision to measure drift against; where the
+    Rows need answers, and have to fit into the engine: all are looked at before it is started. Where they hold a demonstration, it is the supervision to measure drift against; where the
     datamodule knows the scenes (`prism_pl.metrics.scene`), captions and steps of both sides are checked; where it has a
     rule for its answers (`KnowsRightAnswers`, as benchmarks have), that rule decides.
 
@@ -148,11 +149,17 @@ class EvaluateModule(LightningModule):
         )
         if self.judge_model is not None:
             self.judge_model.check()
+        self._check_rows()
         self.records, self.drift_rows = [], []
         self.num_seen = Counter()
         if self.drift is not None:
             self.meter = DriftMeter(self.drift, self.policy, self.processor, self.embedder)
         self.engine.start(self.policy, self.processor, rank=self.global_rank)
+
+    def _check_rows(self) -> None:
+        loaders = self.trainer.test_dataloaders
+        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+        check_usable(loaders, self.trainer.num_test_batches, self.processor, self.row_needs, "test")
 
     def test_step(self, batch: list[Example], batch_idx: int) -> None:
         groups = generate_batch(self.engine, batch, self.num_samples, self.sampling, batch_idx)

@@ -44,10 +44,14 @@ def open_image(image: "Image | Path | str | bytes", where: str) -> "Image":
 
 
 def image_size(image: "Image | Path | str | bytes", where: str) -> Size:
-    """Width and height, from the header alone. Raises as `open_image` does, save for broken pixels."""
+    """Width and height, from the header alone. Raises as `open_image` does, save for broken pixels. A PNG whose EXIF
+    data stand behind its pixels is told as it lies: turned, it has as many visual tokens."""
     with _opened(image, where) as opened:
         width, height = opened.size
-        return Size(height, width) if opened.getexif().get(_ORIENTATION) in _TURNED else Size(width, height)
+        # Pillow decodes a PNG to look for EXIF data behind its pixels.
+        known = opened.format != "PNG" or "exif" in opened.info
+        turned = known and opened.getexif().get(_ORIENTATION) in _TURNED
+        return Size(height, width) if turned else Size(width, height)
 
 
 @contextmanager

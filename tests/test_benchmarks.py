@@ -176,6 +176,16 @@ def test_rules(benchmarks, examples, name, row, answer, right):
     assert benchmarks[name].is_right(answer, examples[name][row]) is right
 
 
+def test_a_judge_is_told_what_the_rule_knows(examples):
+    """The options that stand in a picture, and that "cannot be told" is right without the figure."""
+    (vision,) = examples["mmmu_pro_vision"]
+    assert "A. option 0\n" in vision.meta["asked"]
+    assert "\nI. option 8\n" in vision.meta["asked"]
+    told = {row.id: "cannot be told counts as right" in row.meta["asked"] for row in examples["hallusionbench"]}
+    assert [row for row, unclear in told.items() if unclear] == ["hallusionbench/VS_map_0_0_0"]
+    assert examples["hallusionbench"][4].meta["asked"].startswith("Is the lake north of the town? (In words: ")
+
+
 def test_a_choice_is_one_option_of_those_there_are():
     assert picked("E", ["1", "2", "3", "4"]) is None
     assert picked("J", [str(n) for n in range(10)]) == "J"

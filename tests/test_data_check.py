@@ -1,9 +1,11 @@
 """`data check`: every planted fault is named, and a run leaves out what it lists."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -18,13 +20,14 @@ from prism_pl.batch import Example
 from prism_pl.chat import parse, segments
 from prism_pl.data.facts import FactFinder, looks, pixel_key, question_key
 from prism_pl.data.overlap import Split, overlap
-from prism_pl.data.report import histogram
+from prism_pl.data.report import histogram, report
 from prism_pl.discriminator import SparseMoEDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.rollout import Sampling, TransformersEngine, VLLMEngine
 from prism_pl.row_needs import Lengths, RowNeeds, with_discriminator, with_engine
 from prism_pl.segments import segment_ids
 from scripts.blank_policy import ROOT
+from tests.benchmark_files import write_benchmarks
 from tests.conftest import make_examples
 from tests.file_data import RESPONSE, opened, picture, prompt, sharegpt, write_images, write_lines, write_parquet
 
@@ -252,6 +255,26 @@ def test_bad_held_out_rows_are_counted_and_left_out(folder, blank_policy, capsys
     assert "Data check: 1 of 3 validation rows left out; 1 x image that cannot be used." in caplog.text
 
 
+def test_test_rows_alone_are_checked_as_an_evaluation_needs_them(folder, blank_policy, capsys):
+    benchmark = write_benchmarks(folder / "files")[4]
+    named = [{"class_path": "prism_pl.benchmarks.MMMU", "init_args": {"path": benchmark.path}}]
+    model = {"policy": {"path": blank_policy}, "engine": "prism_pl.rollout.VLLMEngine"}
+    (folder / "mine.yaml").write_text(yaml.safe_dump({"model": model, "data": {"benchmarks": named}}))
+    check = ["data", "check", "--config", "benchmarks.yaml", "--config", "mine.yaml", "--out", "found"]
+    check += ["--model.engine.max_model_len", "9000", "--headers_only"]
+    assert main([*check, "--model.engine.max_images", "2"]) == 0
+    page = capsys.readouterr().out
+    assert "What the stage needs of a row: answers, max prompt 808, max images 2." in page
+    assert "An evaluation can use all 3 test rows." in page
+    assert main([*check, "--model.engine.max_images", "1"]) == 0
+    page = capsys.readouterr().out
+    assert "An evaluation does not begin: it cannot use 1 of 3 test rows (found/excluded.jsonl lists them)." in page
+    (row,) = map(json.loads, (folder / "found" / "excluded.jsonl").read_text().splitlines())
+    assert (row["id"], row["reason"]) == ("mmmu/validation_Geography_3", "over 1 images, the engine's max_images")
+    assert main([*check, "--exclude", "duplicates"]) == 2
+    assert "this configuration has test rows alone" in capsys.readouterr().err
+
+
 def test_keys_tell_equal_images_and_questions():
     image = picture(3)
     assert pixel_key(image) == pixel_key(image.copy()) != pixel_key(image.resize((47, 32)))
@@ -292,6 +315,48 @@ def test_overlap_by_hand():
     # Questions a, b, a; images 0, 0, 2; the row (a, 0) twice.
     assert found.shared[("train", "test")] == {"questions": 3, "images": 3, "images that look alike": 3, "rows": 2}
     assert found.shared_rows.keys() == {0, 2, 3}
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_rows_are_equal_only_where_their_images_were_compared(pixels, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"<html>")
+    asked = [[picture(0)], [picture(1)], [tmp_path / "gone.png"], [picture(0), tmp_path / "broken.png"], []]
+    rows = [Example(f"{n}", "Find x.", images=images) for n, images in enumerate(asked)] * 2
+    train = Split("train", FactFinder(None, RowNeeds(), pixels)(rows))
+    found = overlap({"train": train, "test": Split("test", train.facts[5:])}, {})
+    # The two with pictures that can be read stand again, and the one without any.
+    assert found.duplicates["train"] == ({5: 0, 6: 1, 9: 4} if pixels else {9: 4})
+    assert found.shared_rows.keys() == ({0, 1, 4, 5, 6, 9} if pixels else {4, 9})
+
+
+def test_what_was_not_compared_is_said():
+    def split(name, images, pixels=True):
+        rows = [Example(f"{name}-{n}", f"{n}?", images=[image]) for n, image in enumerate(images)]
+        return Split(name, FactFinder(None, RowNeeds(), pixels)(rows))
+
+    def page(splits, others):
+        found = overlap(splits, others)
+        return found, report(splits, others, found, RowNeeds(), Path("found"))
+
+    pictures = [picture(n) for n in range(3)]
+    train, astray = split("train", pictures), split("bench", [Path("gone", f"{n}.png") for n in range(3)])
+    found, said = page({"train": train}, {"bench": astray, "half": split("half", [pictures[0], Path("gone.png")])})
+    assert list(found.shared[("train", "bench")].values()) == [3, None, None, None]
+    assert list(found.shared[("train", "half")].values()) == [2, 1, 1, 1]
+    assert "| bench | 3 | 0 | 3 | - | 0 |" in re.sub(" +", " ", said)
+    assert "| train | bench | 3 | - | - | - |" in re.sub(" +", " ", said)
+    assert "3 x image that cannot be used\n    * row 'bench-0': the image 'gone/0.png' does not exist" in said
+    assert "3 of 3 rows of bench could not be read: what training rows share with them is not known" in said
+    assert "1 of 2 rows of half could not be read" in said
+
+    headers = {name: split(name, pictures, pixels=False) for name in ("train", "test")}
+    found, said = page(headers, {})
+    assert list(found.shared[("train", "test")].values()) == [3, None, None, None]
+    assert "| train | 3 | 3 | 3 | - | 0 |" in re.sub(" +", " ", said)
+    assert "--headers_only reads none" in said
+    _, said = page({"train": train, "test": split("test", pictures)}, {})
+    assert "not compared" not in said
+    assert "could not be read" not in said
 
 
 def test_a_histogram_by_hand():

@@ -22,10 +22,11 @@ from prism_pl.chat import render
 from prism_pl.model_card import provenance, write_card
 from prism_pl.pipeline.schema import on_command_line
 from tests.run_data import response, write_evaluation
-from tests.told_commands import ROOT, WRITTEN, commands, commands_of, write_parts
+from tests.told_commands import ROOT, VALUES, WRITTEN, blocks, commands, commands_of, write_parts
 
 PIPELINES = [command for command in commands() if shlex.split(command)[3] == "pipeline"]
-PUBLISHED = [command for command in commands() if "--config qwen3vl-4b/" in command and command not in PIPELINES]
+CHECKS = [command for command in commands() if " data check --config qwen3vl-4b/" in command]
+PUBLISHED = [c for c in commands() if "--config qwen3vl-4b/" in c and c not in [*PIPELINES, *CHECKS]]
 TINY = {page: [command for command in commands_of(page) if "--config qwen3vl" not in command] for page in WRITTEN}
 
 FEW = "--data.num_train 8 --data.num_validation 2 --data.batch_size 2"
@@ -44,8 +45,10 @@ APPENDED = {
     "predict": f"--trainer.accelerator cpu {SHORT} --data.num_train 8 --model.num_samples 2",
     "test --config evaluate.yaml": f"--trainer.accelerator cpu {SHORT} --data.num_test 4 --data.num_hard 4"
     " --model.num_resamples 50",
+    "my_parts.Sums": f"--trainer.accelerator cpu {SHORT} --model.num_resamples 50",
     "test --config benchmarks.yaml": f"--trainer.accelerator cpu {SHORT} --data.limit 2 --model.num_resamples 50"
     f" --data.benchmarks '{BENCHMARK}'",
+    "data check --config benchmarks.yaml": f"--data.limit 2 --data.benchmarks '{BENCHMARK}'",
     "data check": FEW,
     "data pairs": "--trainer.accelerator cpu --data.num_train 8",
     "data distill": "--data.num_train 4",
@@ -57,8 +60,9 @@ MADE_BEFORE = {"export": ["python -m prism_pl test --config evaluate.yaml --mode
 # Page -> what its commands leave, beside what other pages read.
 LEFT = {
     "data": ["runs/check/check.md", "runs/pairs/pairs.jsonl", "runs/distill/demonstrations.jsonl"],
-    "evaluate": ["runs/evaluate-sft/evaluation.json", "runs/qwen3vl-4b/report.md"],
+    "evaluate": ["runs/check-benchmarks/check.md", "runs/evaluate-sft/evaluation.json", "runs/qwen3vl-4b/report.md"],
     "export": ["runs/sft+adapters/export-adapters/adapter_model.safetensors", "uploaded.md"],
+    "your-parts": ["runs/benchmarks-sft/evaluation.json"],
     "your-data": ["runs/evaluate-rlvr+my_data/evaluation.json"],
 }
 
@@ -141,6 +145,19 @@ def test_the_commands_of_a_page_run(page, run, without_vllm):
         assert Path(file).stat().st_size > 0, file
 
 
+@pytest.mark.parametrize("command", CHECKS)
+def test_rows_are_kept_back_from_sft_as_the_page_says(command, run, tmp_path):
+    lay_out("README")
+    prompts = tmp_path / "prism-vlm" / "rl_dataset"  # a folder of the name that the hub's set has
+    prompts.mkdir(parents=True)
+    shutil.copy("data/rl_training_data_5.9k.parquet", prompts)
+    Path("kept-back.yaml").write_text(blocks(VALUES, "yaml")[0])
+    run(command, ["--data.train", "data/sft.jsonl", "--data.num_validation", "0", "--data.num_workers", "0"])
+    kept_back = [json.loads(line) for line in Path("runs/check-sft/excluded.jsonl").read_text().splitlines()]
+    assert {row["reason"] for row in kept_back} == {"overlap with kept-back"}
+    assert len(kept_back) == len(Path("data/sft.jsonl").read_text().splitlines())
+
+
 @pytest.mark.slow
 def test_the_commands_of_4b_run_at_tiny_size(run, tmp_path):
     """In one folder, so that each finds what the page's earlier ones wrote."""
@@ -180,5 +197,6 @@ def test_the_pipelines_run_at_tiny_size(command, tmp_path):
 
 def test_no_command_of_the_pages_is_left_out():
     tiny = [command for page in TINY for command in TINY[page]]
-    assert {*tiny, *PUBLISHED, *PIPELINES} == set(commands())
+    assert len(CHECKS) == 1
+    assert {*tiny, *PUBLISHED, *PIPELINES, *CHECKS} == set(commands())
     assert [command for command in tiny if not any(words in command for words in APPENDED)] == []

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from modules.evaluate import EvaluateModule
 from prism_pl.chat import render
+from prism_pl.data.usable import check_usable
 from prism_pl.metrics import CaptionFaithfulness, DescriptiveItems, DistributionDistance, PassAtK, StepCorrectness
 from prism_pl.metrics.drift_bootstrap import distance_interval, paired_distance_difference
 from prism_pl.policy import PolicySpec
@@ -26,6 +27,7 @@ from prism_pl.report.evaluations import read_evaluation
 from prism_pl.report.tables import results_table
 from prism_pl.rollout.engine import Rollout, Sampling
 from prism_pl.rollout.transformers_engine import TransformersEngine
+from prism_pl.row_needs import RowNeeds
 from tests.conftest import make_examples
 
 RIGHT = render("- red 3 at top left\n- blue 7 at centre", "1. 3 + 7 = 10", "10")  # 2 items, 1 step
@@ -248,13 +250,61 @@ def test_wrong_options_and_rows_are_named(random_policy, tmp_path):
         EvaluateModule(PolicySpec(random_policy), Scripted([]), Sampling(), num_samples=2, pass_k=[4])
     data = Rows()
     data.examples[1].answers = []
-    with pytest.raises(ValueError, match=r"'row-1' has no answer"):
+    with pytest.raises(ValueError, match=r"1 of 4 test rows cannot be used.*no answer: 'row-1'"):
         evaluate(tmp_path, random_policy, [RIGHT, WRONG], data)
     data = Rows()
     data.examples[1].id = "row-0"
     with pytest.raises(ValueError, match="two rows have the id 'row-0'"):
         evaluate(tmp_path, random_policy, [RIGHT, WRONG], data)
     assert not (tmp_path / "evaluation.json").exists()
+
+
+class Small(Scripted):
+    """An engine that says beforehand what it takes (`prism_pl.row_needs.HasLimits`)."""
+
+    max_images = 1
+
+    def __init__(self, max_model_len):
+        super().__init__([RIGHT, WRONG])
+        self.max_model_len, self.started = max_model_len, False
+
+    def start(self, policy, processor, *, rank):
+        self.started = True
+
+
+def test_rows_that_do_not_fit_are_all_named_before_the_engine_starts(random_policy, tmp_path):
+    data = Rows()
+    longest = max(map(PolicySpec(random_policy).processor().prompt_length, data.examples))
+    data.examples[0].question *= 20
+    data.examples[2].images = [*data.examples[2].images, tmp_path / "gone.png"]
+    data.examples[3].images *= 2
+    engine = Small(longest + 8)
+    with pytest.raises(ValueError, match="3 of 4 test rows cannot be used, so nothing was sampled") as error:
+        evaluate(tmp_path, random_policy, [], data, engine=engine, sampling=Sampling(max_tokens=8))
+    assert f"a prompt of over {longest} tokens, the engine's max_model_len less sampling.max_tokens: 'row-0'" in str(
+        error.value
+    )
+    assert "image that cannot be used: 'row-2' (the first: row 'row-2': the image" in str(error.value)
+    assert "over 1 images, the engine's max_images: 'row-3'" in str(error.value)
+    assert not engine.started
+    evaluate(tmp_path, random_policy, [], Rows(), engine=engine, sampling=Sampling(max_tokens=8))
+    assert engine.started
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_are_looked_at_without_a_trace(workers, random_policy):
+    """As many as the run takes of each loader; draws go on as if nobody had looked."""
+    processor, examples = PolicySpec(random_policy).processor(), make_examples(6)
+    examples[5].answers = []
+    loaders = [DataLoader(examples, batch_size=2, shuffle=workers == 0, num_workers=workers), [examples]]
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="1 of 6 held-out rows"):
+        check_usable(loaders, [math.inf, 1], processor, RowNeeds(answers=True), "held-out")
+    assert torch.equal(torch.get_rng_state(), state)
+    ordered = DataLoader(examples, batch_size=2, num_workers=workers)
+    check_usable([ordered], [2], processor, RowNeeds(answers=True), "held-out")
+    with pytest.raises(ValueError, match="1 of 6 held-out rows"):
+        check_usable([ordered], [3], processor, RowNeeds(answers=True), "held-out")
 
 
 def test_another_checkpoints_results_are_not_overwritten(random_policy, tmp_path):

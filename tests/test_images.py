@@ -33,8 +33,15 @@ def test_cmyk_is_converted_and_a_turned_photo_is_turned_back():
     assert pixel.tolist() == [255, 0, 0]
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    photo = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
-    assert open_image(photo, "row").size == image_size(photo, "row") == (4, 8)
+    for kind in ("JPEG", "PNG"):
+        photo = encoded(Image.new("RGB", (8, 4)), kind, exif=exif)
+        assert open_image(photo, "row").size == image_size(photo, "row") == (4, 8)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_size_is_read_without_pixels(kind):
+    half = encoded(Image.effect_noise((640, 480), 9), kind)[:9000]
+    assert image_size(half, "row") == (640, 480)
 
 
 def test_the_smallest_image_makes_a_prompt(blank_policy):

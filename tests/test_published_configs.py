@@ -168,6 +168,15 @@ def test_every_question_of_mmmu_fits_into_the_engine():
         assert settings(name)["model"]["init_args"]["engine"]["init_args"]["max_images"] == 7
 
 
+def test_seven_pictures_of_any_size_and_their_question_fit_beside_a_response():
+    """A visual token of Qwen3-VL is 32 x 32 pixels: 7 x 3136 + 2000 <= 32768 - 8192."""
+    for size in SIZES:
+        model = settings(f"qwen3vl-{size}/evaluate")["model"]["init_args"]
+        engine = model["engine"]["init_args"]
+        pictures = engine["max_images"] * model["policy"]["max_pixels"] // 32**2
+        assert pictures + 2000 <= engine["max_model_len"] - model["sampling"]["max_tokens"]
+
+
 @pytest.mark.parametrize(("name", "decay", "warmup", "prompts"), [
     ("grpo", 0.01, 0.0, 32),
     ("dapo", 0.1, 10, 96),

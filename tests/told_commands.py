@@ -16,7 +16,8 @@ from prism_pl.cli import PrismCLI, completed
 from prism_pl.run_folder import refuse_other_settings, write_config
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+VALUES = ROOT / "configs" / "qwen3vl-4b" / "README.md"
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), VALUES]
 WRITTEN = [page for page in PAGES if "results/demo" not in str(page) and "results/ablations" not in str(page)]
 ROWS = [{"id": str(n), "problem_text": f"What is {n} + 1?", "final": str(n + 1)} for n in range(8)]
 LEFT_BY_A_RUN = re.compile(r"\b(runs/\S+)/(?:export[\w-]*|pass_rates\.jsonl)(?=\s|$)")
@@ -40,7 +41,7 @@ def commands() -> list[str]:
 
 def write_parts(folder: Path) -> None:
     """What the pages tell a reader to write, classes and YAMLs, and a few rows."""
-    (folder / "my_parts.py").write_text(blocks(ROOT / "docs" / "your-parts.md", "python")[0])
+    (folder / "my_parts.py").write_text("\n\n".join(blocks(ROOT / "docs" / "your-parts.md", "python")))
     (folder / "my_data.yaml").write_text(blocks(ROOT / "docs" / "your-data.md", "yaml")[0])
     (folder / "adapters.yaml").write_text(blocks(ROOT / "docs" / "export.md", "yaml")[0])
     (folder / "my_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -26,6 +26,7 @@ from prism_pl.rewards.text import clean
 YES = ("yes", "true", "correct", "right")
 NO = ("no", "false", "incorrect", "wrong")
 NAMES = {"1": "yes", "0": "no"}
+UNCLEAR_IS_RIGHT = "The figure is left out here: an answer that it cannot be told counts as right, too."
 _WORD = re.compile(r"[a-z]+")
 
 
@@ -41,6 +42,7 @@ class HallusionBench(Benchmark):
         kind = f"{row['category']}_{row['subcategory']}"
         unit, figure, number = f"{kind}_{row['set_id']}", str(row["figure_id"]), str(row["question_id"])
         bare = row["category"] == "VS" and figure == "0"
+        asked = f"{row['question']} (In words: {row.get('gt_answer_details')})"
         return Example(
             id=f"{self.name}/{unit}_{figure}_{number}",
             question=self.asked(row["question"], "Answer yes or no."),
@@ -51,7 +53,7 @@ class HallusionBench(Benchmark):
                 unit=unit,
                 part=f"{NO_FIGURE if bare else figure}/{number}",
                 unclear_is_right=bare,
-                asked=f"{row['question']} (In words: {row.get('gt_answer_details')})",
+                asked=f"{asked}\n{UNCLEAR_IS_RIGHT}" if bare else asked,
             ),
         )
 

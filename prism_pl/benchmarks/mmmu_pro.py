@@ -51,8 +51,10 @@ class MMMUPro(Benchmark):
     def example(self, row: Row) -> Example:
         id = f"{self.name}/{row['id']}"
         options = as_list(row["options"], id)
+        told: dict[str, str] = {}
         if self.setting == "vision":
             question, images = IN_THE_IMAGE, [row["image"]]
+            told["asked"] = f"{IN_THE_IMAGE}\n{lettered(options)}"  # a judge does not see the image
         else:
             question, images = numbered(self.asked(row["question"], lettered(options), CHOOSE), row)
         return Example(
@@ -60,7 +62,7 @@ class MMMUPro(Benchmark):
             question=question,
             images=self.images(*images),
             answers=[str(row["answer"])],
-            meta=self.meta(DISCIPLINE_OF.get(row["subject"], "other"), options=options),
+            meta=self.meta(DISCIPLINE_OF.get(row["subject"], "other"), options=options, **told),
         )
 
     def is_right(self, answer: str, example: Example) -> bool:

@@ -2,10 +2,11 @@
 
     python -m prism_pl data check --config sft.yaml --out runs/check
     python -m prism_pl data check --config align.yaml --against evaluate.yaml --exclude duplicates overlap
+    python -m prism_pl data check --config benchmarks.yaml
 
 It counts what the stage of the configuration could not use, and why; lengths with images expanded; rows that stand
 twice; and what the splits share with each other and with the test rows of other configurations. A run leaves out what
-the check lists with `--data.check_folder runs/check`.
+the check lists with `--data.check_folder runs/check`. Where there are test rows alone, they are what is checked.
 """
 
 import argparse
@@ -21,14 +22,13 @@ from lightning import LightningDataModule, Trainer
 from prism_pl.checked import CHECK, CHECKED, EXCLUDED, Checkable, FiltersPrompts
 from prism_pl.data.facts import FactFinder, Facts
 from prism_pl.data.overlap import Found, Split, overlap
-from prism_pl.data.reading import DataCLI, DataOnlyCLI, read_split
+from prism_pl.data.reading import LOADERS, DataCLI, DataOnlyCLI, has_split, read_split
 from prism_pl.data.report import report
 from prism_pl.errors import UsageError
 from prism_pl.evaluation import write_json, write_lines
 from prism_pl.row_needs import HasRowNeeds, RowNeeds
 from prism_pl.shipped import stage_of
 
-SPLITS = ("train", "validation", "test")
 TOLD_EVERY = 10.0  # seconds
 
 
@@ -54,22 +54,30 @@ def run(args: list[str]) -> None:
     if options.max_tokens is not None:
         needs = replace(needs, max_length=options.max_tokens)
     data: Any = cli.datamodule
+    names = [name for name in LOADERS if has_split(data, name)]
+    if "train" not in names and (options.against or options.exclude):
+        raise UsageError(
+            "data check: --against and --exclude are about training rows, and this configuration has test rows alone: "
+            "leave them out, or give the configuration of a training stage"
+        )
     limit = data.max_prompt_tokens if isinstance(data, FiltersPrompts) else None
     finder = FactFinder(processor, needs, pixels=not options.headers_only, max_prompt_tokens=limit)
-    splits = {name: collect(cli.datamodule, cli.trainer, name, finder) for name in SPLITS}
+    splits = {name: collect(cli.datamodule, cli.trainer, name, finder) for name in names}
     splits = {name: split for name, split in splits.items() if split.facts}
     others = {}
     for config in options.against:
         # Over a whole configuration, since it may hold the data alone.
         other = DataOnlyCLI(["--config", "evaluate.yaml", "--config", config])
         name = stage_of(Path(config))
-        others[name] = collect(other.datamodule, other.trainer, "test", FactFinder(None, RowNeeds()), name)
+        reader = FactFinder(None, RowNeeds(), pixels=not options.headers_only)
+        others[name] = collect(other.datamodule, other.trainer, "test", reader, name)
     found = overlap(splits, others)
-    exclude(splits["train"], found, options.exclude)
+    if "train" in splits:
+        exclude(splits["train"], found, options.exclude)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, splits, cli.datamodule)
-    text = report(splits, found, needs, folder)
+    text = report(splits, others, found, needs, folder)
     (folder / "check.md").write_text(text)
     print(text)
 
@@ -114,7 +122,10 @@ def exclude(train: Split, found: Found, kinds: list[str]) -> None:
 
 
 def write(folder: Path, splits: Mapping[str, Split], datamodule: Any) -> None:
-    """The files that a run reads; see `prism_pl.checked`."""
+    """The files that a run reads, see `prism_pl.checked`; of test rows alone only which cannot be used."""
+    if "train" not in splits:
+        write_lines(_excluded([facts for split in splits.values() for facts in split.facts]), folder / EXCLUDED)
+        return
     train = splits["train"].facts
     validation = splits["validation"].facts if "validation" in splits else []
     reasons = list(dict.fromkeys(facts.unusable for facts in [*train, *validation] if facts.unusable))

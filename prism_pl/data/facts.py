@@ -36,6 +36,7 @@ class Facts:
         detail: the same, of this row.
         prompt_tokens: images expanded. 0 of a row that cannot be read.
         question: its key.
+        num_images: how many it names, read or not.
         images: a key an image; empty where pixels were not read.
         looks: for each image, at which places of the grid brightness rises, as bits.
         control_tokens: whether its texts spell out control tokens (which stay text).
@@ -47,14 +48,16 @@ class Facts:
     prompt_tokens: int = 0
     response_tokens: int = 0
     question: str = ""
+    num_images: int = 0
     images: list[str] = field(default_factory=list)
     looks: list[bytes] = field(default_factory=list)
     control_tokens: bool = False
 
     @property
     def row_key(self) -> tuple[str, ...]:
-        """Equal for rows that ask the same about the same images; empty where pixels were not read."""
-        return (self.question, *self.images) if self.question else ()
+        """Equal for rows that ask the same about the same images; empty where pixels were not read: a question alone
+        does not tell rows with images apart."""
+        return (self.question, *self.images) if self.question and len(self.images) == self.num_images else ()
 
 
 class FactFinder(ReadsBadRows):
@@ -83,7 +86,7 @@ class FactFinder(ReadsBadRows):
     def _facts(self, row: Example | BadRow) -> Facts:
         if isinstance(row, BadRow):
             return Facts(row.id, BAD_ROW, str(row))
-        facts = Facts(row.id, question=question_key(row.question))
+        facts = Facts(row.id, question=question_key(row.question), num_images=len(row.images))
         texts = (row.question, row.system or "", row.response or "")
         facts.control_tokens = any(plain_text(text) != text for text in texts)
         try:

@@ -19,6 +19,11 @@ class Split:
     name: str
     facts: list[Facts] = field(default_factory=list)
 
+    @property
+    def shows_images(self) -> bool:
+        """Whether there are pixels to compare: of some image they were read, or no row has an image."""
+        return any(row.images for row in self.facts) or not any(row.num_images for row in self.facts)
+
 
 @dataclass
 class Found:
@@ -26,25 +31,27 @@ class Found:
 
     Attributes:
         duplicates: split -> row -> the earlier row that asks the same about the same images.
-        shared: (split, other) -> what -> how many rows of the split share it with the other.
+        shared: (split, other) -> what -> how many rows of the split share it with the other; None: no row was
+            found, and one of them shows no image.
         examples: the same -> a row of each.
         shared_rows: training row -> (the other set, what): rows whose images stand there, or whose whole row does.
     """
 
     duplicates: dict[str, dict[int, int]] = field(default_factory=dict)
-    shared: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
+    shared: dict[tuple[str, str], dict[str, int | None]] = field(default_factory=dict)
     examples: dict[tuple[str, str, str], tuple[str, str]] = field(default_factory=dict)
     shared_rows: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 def overlap(splits: Mapping[str, Split], others: Mapping[str, Split]) -> Found:
-    """Duplicates within each split, and what the training rows share with other splits and other sets."""
+    """Duplicates within each split and set, and what the training rows share with the others."""
     found = Found()
-    for name, split in splits.items():
+    sets = {**splits, **others}
+    for name, split in sets.items():
         found.duplicates[name] = _duplicates(split.facts)
-    train = splits["train"]
-    for name, other in {**splits, **others}.items():
-        if name != "train":
+    train = splits.get("train")
+    for name, other in sets.items():
+        if train is not None and name != "train":
             _compare(train, other, found)
     return found
 
@@ -60,10 +67,12 @@ def _duplicates(facts: list[Facts]) -> dict[int, int]:
 
 def _compare(train: Split, other: Split, found: Found) -> None:
     pair = (train.name, other.name)
-    found.shared[pair] = dict.fromkeys(WHAT, 0)
+    counts = found.shared[pair] = dict.fromkeys(WHAT)
+    compared = train.shows_images and other.shows_images
     for what in WHAT:
-        for number, there in _hits(train.facts, other.facts, what):
-            found.shared[pair][what] += 1
+        hits = list(_hits(train.facts, other.facts, what))
+        counts[what] = len(hits) if hits or compared or what == "questions" else None
+        for number, there in hits:
             found.examples.setdefault((*pair, what), (train.facts[number].id, other.facts[there].id))
             if what != "questions":
                 said = "the question and images" if what == "rows" else "an image"

@@ -6,6 +6,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from prism_pl.cli import PrismCLI, import_systems
 
@@ -46,23 +47,32 @@ class _Reader(LightningModule):
         self.collator = collator
 
 
+# Split -> the stage that a data module is set up for, and the hook that gives the loader.
+LOADERS = {
+    "train": ("predict", "predict_dataloader"),
+    "validation": ("validate", "val_dataloader"),
+    "test": ("test", "test_dataloader"),
+}
+
+
+def has_split(datamodule: LightningDataModule, split: str) -> bool:
+    """Whether a data module has a loader for a split of `LOADERS`: benchmarks have test rows alone."""
+    return is_overridden(LOADERS[split][1], datamodule)
+
+
 def read_split(
     datamodule: LightningDataModule, trainer: Trainer, split: str, collator: Callable[[list[Any]], Any]
 ) -> Iterator[Any]:
     """What the collator makes of each batch of a split, in order. Nothing of a split that the data does not have.
 
     Args:
-        split: `train`, `validation` or `test`; training rows are those of the predict loader.
+        split: one of `LOADERS`; training rows are those of the predict loader.
     """
     trainer.strategy.connect(_Reader(collator))
     datamodule.trainer = trainer
-    stage, loader = {
-        "train": ("predict", datamodule.predict_dataloader),
-        "validation": ("validate", datamodule.val_dataloader),
-        "test": ("test", datamodule.test_dataloader),
-    }[split]
+    stage, hook = LOADERS[split]
     datamodule.prepare_data()
     datamodule.setup(stage)
-    loaders: Any = loader()
+    loaders: Any = getattr(datamodule, hook)()
     for each in loaders if isinstance(loaders, list | tuple) else [loaders]:
         yield from each

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from prism_pl.checked import CHECK, EXCLUDED
-from prism_pl.data.facts import FILTERED
+from prism_pl.data.facts import BAD_IMAGE, BAD_ROW, FILTERED
 from prism_pl.data.overlap import Found, Split
 from prism_pl.report.tables import markdown_table
 from prism_pl.row_needs import RowNeeds
@@ -16,17 +16,24 @@ NUM_BINS = 12
 BAR = 40
 
 
-def report(splits: Mapping[str, Split], found: Found, needs: RowNeeds, folder: Path) -> str:
-    """The page: rows, what cannot be used and why, lengths, duplicates, overlap, and what a run will do."""
+def report(
+    splits: Mapping[str, Split], others: Mapping[str, Split], found: Found, needs: RowNeeds, folder: Path
+) -> str:
+    """The page: rows, what cannot be used and why, lengths, duplicates, overlap, and what a run will do.
+
+    Args:
+        others: the sets that the training rows were compared with, beside the splits.
+    """
+    sets = {**splits, **others}
     lines = ["# Data check", "", f"What the stage needs of a row: {_needs(needs)}.", ""]
     header = ["split", "rows", "usable", "with an image", "again", "with control tokens spelled out"]
-    lines += [*markdown_table(header, [_row(split, found) for split in splits.values()]), ""]
-    for split in splits.values():
+    lines += [*markdown_table(header, [_row(split, found) for split in sets.values()]), ""]
+    for split in sets.values():
         lines += _unusable(split)
     for split in splits.values():
         lines += _lengths(split)
     lines += _shared(found)
-    return "\n".join([*lines, *_verdict(splits, folder), ""])
+    return "\n".join([*lines, *_verdict(splits, folder), *_not_compared(sets, found), ""])
 
 
 def _needs(needs: RowNeeds) -> str:
@@ -40,10 +47,14 @@ def _needs(needs: RowNeeds) -> str:
 def _row(split: Split, found: Found) -> list[str]:
     facts = split.facts
     usable = sum(not row.unusable for row in facts)
-    images = sum(bool(row.images) for row in facts)
+    images = sum(row.num_images > 0 for row in facts)
     control = sum(row.control_tokens for row in facts)
-    numbers = [len(facts), usable, images, len(found.duplicates[split.name]), control]
-    return [split.name, *(f"{number:,}" for number in numbers)]
+    again = len(found.duplicates[split.name]) or (0 if split.shows_images else None)
+    return [split.name, *map(_number, (len(facts), usable, images, again, control))]
+
+
+def _number(count: int | None) -> str:
+    return "-" if count is None else f"{count:,}"
 
 
 def _unusable(split: Split) -> list[str]:
@@ -99,7 +110,7 @@ def _shared(found: Found) -> list[str]:
     if not found.shared:
         return []
     kinds = list(next(iter(found.shared.values())))
-    rows = [[train, other, *(f"{counts[kind]:,}" for kind in kinds)] for (train, other), counts in found.shared.items()]
+    rows = [[*pair, *(_number(counts[kind]) for kind in kinds)] for pair, counts in found.shared.items()]
     lines = ["## Rows that share something", "", *markdown_table(["rows of", "with", *kinds], rows), ""]
     for (_, other, what), (one, two) in found.examples.items():
         lines.append(f"* {what}: row {one!r} and row {two!r} of {other}")
@@ -107,6 +118,8 @@ def _shared(found: Found) -> list[str]:
 
 
 def _verdict(splits: Mapping[str, Split], folder: Path) -> list[str]:
+    if "train" not in splits:
+        return [_of_an_evaluation(split, folder) for split in splits.values()]
     lines = []
     for name in (name for name in ("train", "validation") if name in splits):
         rows, called = splits[name].facts, "training" if name == "train" else name
@@ -123,4 +136,32 @@ def _verdict(splits: Mapping[str, Split], folder: Path) -> list[str]:
             f"To leave them out, counted: --data.check_folder {folder} ({EXCLUDED} lists them, {CHECK} belongs to "
             "these rows alone). Rows of a validation file of its own have to be mended."
         )
+    return lines
+
+
+def _of_an_evaluation(split: Split, folder: Path) -> str:
+    unusable = sum(bool(row.unusable) for row in split.facts)
+    if not unusable:
+        return f"An evaluation can use all {len(split.facts):,} {split.name} rows."
+    return (
+        f"An evaluation does not begin: it cannot use {unusable:,} of {len(split.facts):,} {split.name} rows "
+        f"({folder / EXCLUDED} lists them). Raise the limits that are named, scale images down with "
+        "model.policy.max_pixels, or mend the rows."
+    )
+
+
+def _not_compared(sets: Mapping[str, Split], found: Found) -> list[str]:
+    """What the comparison has not seen, so that nobody takes it for a clean one."""
+    if not found.shared:
+        return []
+    lines = []
+    for name, split in sets.items():
+        unread = sum(row.unusable in (BAD_ROW, BAD_IMAGE) for row in split.facts)
+        if unread and name != "train":
+            lines.append(
+                f"{unread:,} of {len(split.facts):,} rows of {name} could not be read: what training rows share with "
+                "them is not known. Mend them, and check again."
+            )
+    if any(None in counts.values() for counts in found.shared.values()):
+        lines.append("- stands where images were not compared: no pixels were read (--headers_only reads none).")
     return lines
