@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,10 @@ GREEDY = Sampling(temperature=0.0)
 class EvaluateModule(LightningModule):
     """Samples responses to the test prompts and measures them.
 
-    Rows need answers, and have to fit into the engine: all are looked at before it is started. Where they hold a demonstration, it is the supervision to measure drift against; where the
-    datamodule knows the scenes (`prism_pl.metrics.scene`), captions and steps of both sides are checked; where it has a
-    rule for its answers (`KnowsRightAnswers`, as benchmarks have), that rule decides.
+    Rows need answers, and have to fit into the engine: all are looked at before it is started. Where they hold a
+    demonstration, it is the supervision to measure drift against; where the datamodule knows the scenes
+    (`prism_pl.metrics.scene`), captions and steps of both sides are checked; where it has a rule for its answers
+    (`KnowsRightAnswers`, as benchmarks have), that rule decides, and they need none.
 
     Args:
         policy: which policy.
@@ -159,7 +160,9 @@ class EvaluateModule(LightningModule):
     def _check_rows(self) -> None:
         loaders = self.trainer.test_dataloaders
         loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-        check_usable(loaders, self.trainer.num_test_batches, self.processor, self.row_needs, "test")
+        ruled = isinstance(self.trainer.datamodule, KnowsRightAnswers)  # pyright: ignore[reportAttributeAccessIssue]
+        needs = replace(self.row_needs, answers=False) if ruled else self.row_needs
+        check_usable(loaders, self.trainer.num_test_batches, self.processor, needs, "test")
 
     def test_step(self, batch: list[Example], batch_idx: int) -> None:
         groups = generate_batch(self.engine, batch, self.num_samples, self.sampling, batch_idx)

@@ -259,6 +259,18 @@ def test_wrong_options_and_rows_are_named(random_policy, tmp_path):
     assert not (tmp_path / "evaluation.json").exists()
 
 
+class RowsWithRule(Rows):
+    def is_right(self, answer, example):
+        return answer == "9"
+
+
+def test_where_the_data_have_a_rule_rows_need_no_answer(random_policy, tmp_path):
+    data = RowsWithRule()
+    data.examples[1].answers = []
+    module = evaluate(tmp_path, random_policy, [RIGHT, WRONG], data)
+    assert [response["correct"] for response in module.records[1]["policy"]] == [False, True]
+
+
 class Small(Scripted):
     """An engine that says beforehand what it takes (`prism_pl.row_needs.HasLimits`)."""
 

@@ -1,4 +1,4 @@
-"""The rows of an evaluation, looked at before anything is sampled: one that cannot be used would stop it hours later."""
+"""The rows of an evaluation, looked at before anything is sampled: one without use would stop it hours later."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
