@@ -413,5 +413,5 @@ class AdversarialAlignModule(LightningModule):
         logged |= {f"align/{name}": value for name, value in (length_summary(rollouts) | scores.diagnostics).items()}
         logged |= {f"align/{name}": told[name] for name in told if name == "kl" or name.startswith("mismatch_")}
         self.log_dict(logged, batch_size=1, sync_dist=True)
-        self.log("align/tokens", float(sequences.num_tokens), batch_size=1, reduce_fx="sum")
+        self.log("align/tokens", float(sequences.num_tokens), batch_size=1, sync_dist=True, reduce_fx="sum")
         self.log_dict(self.timer.pop() | self.rollout.metrics(), batch_size=1)

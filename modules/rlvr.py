@@ -397,4 +397,4 @@ class RLVRModule(LightningModule):
         num_still = still_P.sum().float() / self.ranks_per_group  # each rank of a group counts it
         self.log("rlvr/zero_std_groups", num_still, batch_size=1, sync_dist=True, reduce_fx="sum")
         tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
-        self.log("rlvr/tokens", float(tokens), batch_size=1, reduce_fx="sum")
+        self.log("rlvr/tokens", float(tokens), batch_size=1, sync_dist=True, reduce_fx="sum")

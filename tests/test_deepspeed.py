@@ -12,6 +12,7 @@ pytest.importorskip("deepspeed")
 
 LOSSES = ("policy_loss", "discriminator_loss", "loss", "grad_norm/policy", "grad_norm/discriminator", "grad_norm")
 COUNTS = ("malformed", "num_malformed", "num_all_malformed_groups", "num_zero_std_groups", "zero_std_groups", "pairs")
+COUNTS += ("tokens",)
 MIXED = {"strategy": 2, "engines": {"policy": {"stage": 3}, "discriminator": {"stage": 1}}}
 
 
