@@ -36,7 +36,7 @@ def assert_same_training(told, expected, losses: float, weights: float, but: tup
         assert torch.allclose(told["weights"][name], wanted, rtol=0, atol=weights), name
 
 
-def tolerances(optimizer: str) -> dict[str, float]:
+def tolerances(optimizer: str) -> dict[str, Any]:
     # Adam divides by the gradient's size: where a gradient is all rounding, its step is too.
     return {"losses": 1e-5, "weights": 1e-5 if optimizer == "SGD" else 1e-4}
 

@@ -3,6 +3,7 @@
 import multiprocessing
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def governed_accuracies(rows: slice) -> dict[str, float]:
     return pair_accuracies(*sides, torch.ones(6, dtype=torch.bool)[rows])
 
 
-def metrics_of_two_ranks(rank: int) -> dict[str, dict[str, float]]:
+def metrics_of_two_ranks(rank: int) -> dict[str, dict[str, Any]]:
     """The first rank has 3 tokens and 2 pairs, the second 1 token and none."""
     own = [
         {"entropy": 1.0, "x_max": 4.0, "x_min": 2.0, "num_x": 3.0, "broken": 1.0, "broken_max": 1.0, "accuracy": 0.5},
