@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
 POOL = 8192  # rows that are sorted together: enough to find equals, few enough to keep batches different
@@ -35,11 +36,11 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, batch_tok
     Args:
         lengths: tokens of each row.
         batch_tokens: the largest batch in padded tokens, rows times the longest of them; None: `batch_size` rows each,
-            and the few that are left over stay out.
+            and the few that are left over stay out, which is said.
         seed: of the pools in which rows are sorted.
 
     Raises:
-        ValueError: a row is longer than `batch_tokens`.
+        ValueError: a row is longer than `batch_tokens`, or the rows fill no batch.
     """
     lengths = np.asarray(lengths)
     if batch_tokens is not None and len(lengths) and lengths.max() > batch_tokens:
@@ -53,8 +54,17 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, batch_tok
     # Longest first, equals in the order they were drawn.
     rows = np.concatenate([p[np.argsort(-lengths[p], kind="stable")] for p in pools]) if pools else order
     if batch_tokens is None:
-        starts = np.arange(0, len(rows) // batch_size + 1) * batch_size
-        return Plan(rows, starts)
+        if len(rows) < batch_size:
+            raise ValueError(
+                f"batch_size is {batch_size}, and there are only {len(rows)} training rows: give a smaller batch_size, "
+                "batch_tokens, or more rows"
+            )
+        if left_out := len(rows) % batch_size:
+            rank_zero_info(
+                f"group_by_length: {left_out} of {len(rows)} training rows fill no batch of {batch_size} and are left "
+                "out of every epoch; batch_tokens takes them in."
+            )
+        return Plan(rows, np.arange(0, len(rows) // batch_size + 1) * batch_size)
     return Plan(rows, np.array(_cuts(lengths[rows].tolist(), batch_size, batch_tokens, pool)))
 
 

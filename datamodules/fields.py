@@ -175,7 +175,10 @@ def _read_image(item: Any, folder: Path) -> Path | bytes:
         except ValueError:
             raise ValueError("an image is a data URI that is no base64") from None
     if "://" in text[:10] and not text.startswith("file://"):
-        raise ValueError(f"the image {text!r} is on the web: download it, and give its path")
+        raise ValueError(
+            f"the image {text!r} is on the web: download it, write the rows into a file with paths from the images' "
+            "folder on, and give both, {path: FILE, image_folder: FOLDER}"
+        )
     return folder / text.removeprefix("file://")
 
 

@@ -3,8 +3,9 @@
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -74,6 +75,7 @@ class FileRows(Dataset[Example | BadRow]):
         try:
             fields = Fields(table.row(row), self.reading.columns, self.reading.given)
             example = self.reading.read_row(fields, table.images)
+            example.images = [table.located(image) for image in example.images]
             example.id = fields.text("id") or name
         except ValueError as error:
             return BadRow(name, table.place(row), str(error))
@@ -83,11 +85,43 @@ class FileRows(Dataset[Example | BadRow]):
         return example
 
     def ids(self) -> Iterator[str]:
-        """The rows' ids, in order. Rows are read only where the user named a column of ids."""
-        if "id" in self.reading.given:
-            yield from (self[index].id for index in range(len(self)))
+        """The rows' ids, in order. Where the user named a column of ids, it alone is read."""
+        for table in self.tables:
+            names = (f"{table.name}-{row}" for row in range(len(table)))
+            if "id" in self.reading.given:
+                (column,) = self.reading.columns["id"]
+                yield from map(self._id, table.rows_with(column), names)
+            else:
+                yield from names
+
+    def _id(self, columns: Mapping[str, Any], name: str) -> str:
+        try:
+            return Fields(columns, self.reading.columns, self.reading.given).text("id") or name
+        except ValueError:  # a row that cannot be read
+            return name
+
+    def check_ids(self, num_rows: int) -> None:
+        """ValueError where two of the first so many rows have one id in the column that the user named: results are
+        kept by id, and one row would pass for the other."""
+        if "id" not in self.reading.given:
+            return
+        seen: set[str] = set()
+        for id in islice(self.ids(), num_rows):
+            if id in seen:
+                break
+            seen.add(id)
         else:
-            yield from (f"{table.name}-{row}" for table in self.tables for row in range(len(table)))
+            return
+        alike = (index for index, each in enumerate(self.ids()) if each == id)
+        places = " and ".join(self._place(index) for index in islice(alike, 2))
+        raise ValueError(
+            f"data.columns: the column {self.reading.columns['id'][0]!r} gives {places} one id, {id!r}: name a column "
+            "whose ids all differ, or leave columns.id out, and rows are called FILE-ROW"
+        )
+
+    def _place(self, index: int) -> str:
+        table, row = self._find(index)
+        return table.place(row)
 
     def fingerprint(self) -> str:
         """Hash of what the rows hold and of the columns it is read from."""

@@ -15,7 +15,7 @@ from datamodules.fields import Columns
 from datamodules.file_rows import FileRows, Reading, ReadRow, with_columns
 from datamodules.loading import ordered_loader, train_loader
 from datamodules.prompt_lengths import short_enough
-from datamodules.sources import Source, open_source
+from datamodules.sources import Source
 from prism_pl.bad_rows import ReadsBadRows, strict
 from prism_pl.chat import SYSTEM_PROMPT
 from prism_pl.checked import Checked, read_checked
@@ -105,9 +105,11 @@ class FilesDataModule(L.LightningDataModule):
         self._lengths: np.ndarray | None = None
 
     def prepare_data(self) -> None:
-        """One process a machine turns the files into tables; the others find them in the cache."""
-        for source in [source for sources in self.sources.values() for source in sources]:
-            open_source(source)
+        """One process a machine turns the files into tables, and fetches images that a hub repository's first row names
+        by path; the others find them in the cache."""
+        for split, sources in self.sources.items():
+            if sources:
+                FileRows(sources, self.reading, split).check_columns()
 
     def setup(self, stage: str) -> None:
         if not self._rows:
@@ -172,8 +174,9 @@ class FilesDataModule(L.LightningDataModule):
         self._rows = {
             split: FileRows(sources, self.reading, split) for split, sources in self.sources.items() if sources
         }
-        for rows in self._rows.values():
+        for split, rows in self._rows.items():
             rows.check_columns()
+            rows.check_ids(self.num_rows or len(rows) if split == "train" else len(rows))
         rows = self._rows["train"]
         indices = np.arange(min(len(rows), self.num_rows or len(rows)))
         if self.num_validation >= len(indices):

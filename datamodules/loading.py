@@ -70,7 +70,7 @@ def train_loader(
         batch_size: None where the rows are batches already (`datamodules.batching.Batches`).
 
     Raises:
-        ValueError: there is not one full batch for each process.
+        ValueError: there is not one full batch for each process, or not one batch where the rows are batches.
     """
     ranks = trainer.lightning_module.hparams.get("ranks_per_group", 1)
     sampler = ShuffledSampler(
@@ -80,7 +80,13 @@ def train_loader(
         seed=seed,
         drop_last=trainer.world_size > ranks,
     )
-    if len(sampler) < (batch_size or 1):
+    if batch_size is None and not len(sampler):
+        num_batches = len(rows)  # pyright: ignore[reportArgumentType]
+        raise ValueError(
+            f"rows of like length make too few batches, {num_batches} for {sampler.num_replicas} processes: give a "
+            "smaller batch_size or batch_tokens, or more rows"
+        )
+    if batch_size is not None and len(sampler) < batch_size:
         raise ValueError(
             f"batch_size is {batch_size}, but each of {trainer.world_size} processes has only {len(sampler)} training "
             "rows: give a smaller batch_size or more rows"

@@ -6,10 +6,8 @@ their columns. Everything else keeps its columns. Tables are mapped into memory,
 
 import glob
 import hashlib
-import json
 import os
 import pickle
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
+from datamodules.hub_images import located
+from datamodules.json_rows import TEXT, array_lines, read_line, read_line_or_nothing
 from prism_pl.fingerprint import hash_value
 from prism_pl.input_paths import ROW_FILES
 
 LINES = (".jsonl", ".ndjson")
 ARRAYS = (".json",)
-TEXT = "text"  # the column of a table of JSON lines
 # Pages of a mapped table count as this process's memory once they are read. Mapping it anew gives them back.
 READS_A_MAPPING = 1024
+SCANNED_A_MAPPING = 65_536  # in order, without images
 FINGERPRINTED_ROWS = 16_384
 HASHED_BYTES = 4096  # of an image: as many tell images apart, and sets of them are large
-LONGEST_ROW = 1 << 26  # characters of one item of a JSON list
-_SEPARATORS = re.compile(r"[\s,]*")
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Source:
         only: of a folder or hub repository, the file or files meant, such as `rl_training_data_5.9k.parquet`; None:
             all.
         subset, split, revision: of a hub repository; the split also of a saved `DatasetDict`.
-        image_folder: where relative image paths start; None: beside the file.
+        image_folder: where relative image paths start; None: beside the file. Of a hub repository they are fetched.
     """
 
     path: str
@@ -64,7 +62,9 @@ class Table:
     def __init__(self, source: Source, name: str) -> None:
         self.source, self.name = source, name
         self.files, self.dataset = open_source(source)
-        self.images = Path(source.image_folder or _folder(self.files, source))
+        self._on_hub = not self.files and not Path(source.path).is_dir() and source.image_folder is None
+        self.images = Path() if self._on_hub else Path(source.image_folder or _folder(self.files, source))
+        self._lines = self.dataset.column_names == [TEXT]
         self._reads = 0
 
     def __len__(self) -> int:
@@ -76,18 +76,27 @@ class Table:
         if self._reads % READS_A_MAPPING == 0:
             self.dataset = pickle.loads(pickle.dumps(self.dataset))
         row = self.dataset[index]
-        if self.dataset.column_names != [TEXT]:
-            return row
-        if not row[TEXT].strip():
-            raise ValueError("the line is empty")
-        try:
-            row = json.loads(row[TEXT])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"no whole JSON object ({error.msg} at character {error.pos + 1})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"a JSON {type(row).__name__} where an object is expected")
-        _check_characters(row)
-        return row
+        return read_line(row[TEXT]) if self._lines else row
+
+    def located(self, image: Any) -> Any:
+        """An image of a row where it lies here. ValueError where it cannot be had."""
+        if not self._on_hub or not isinstance(image, Path):
+            return image
+        file = self.source.only if isinstance(self.source.only, str) else ""
+        return located(image, self.source.path, self.source.revision, str(Path(file).parent))
+
+    def rows_with(self, column: str) -> Iterator[dict[str, Any]]:
+        """All rows in order, where they are columns with this one (or what its path begins with) alone: images stay
+        unread. A line that is no JSON object is a row without columns."""
+        wanted = [name for name in self.dataset.column_names if name in (column, column.partition(".")[0])]
+        few = self.dataset if self._lines else self.dataset.select_columns(wanted or self.dataset.column_names[:1])
+        for start in range(0, len(self), SCANNED_A_MAPPING):
+            mapped = pickle.loads(pickle.dumps(few)).select(range(start, min(start + SCANNED_A_MAPPING, len(self))))
+            for batch in mapped.iter(READS_A_MAPPING):
+                if self._lines:
+                    yield from map(read_line_or_nothing, batch[TEXT])
+                else:
+                    yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
     def place(self, index: int) -> str:
         """File and row (counted from 1) of a row. Counts lines, so only for messages."""
@@ -144,17 +153,6 @@ def _local_files(source: Source) -> list[str]:
     return found
 
 
-def _check_characters(row: dict[str, Any]) -> None:
-    """ValueError for half of a surrogate pair, which JSON can spell out and no tokenizer reads."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])[1:-1]
-        raise ValueError(
-            f"a text holds {half}, half of a character: write the character whole, or leave it out"
-        ) from None
-
-
 def _only(source: Source) -> list[str]:
     return [source.only] if isinstance(source.only, str) else list(source.only or [])
 
@@ -178,7 +176,7 @@ def _load_files(files: Sequence[str]) -> "Dataset":
         if kind in ARRAYS:
             # Size and time are arguments so that a file that was changed is read anew.
             stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-            return datasets.Dataset.from_generator(_array_lines, gen_kwargs={"stamps": stamps})  # pyright: ignore[reportReturnType]
+            return datasets.Dataset.from_generator(array_lines, gen_kwargs={"stamps": stamps})  # pyright: ignore[reportReturnType]
         if kind == ".arrow":
             return datasets.load_dataset("arrow", data_files=list(files), split="train")
         return datasets.load_dataset("parquet", data_files=list(files), split="train", batch_size=256)
@@ -242,39 +240,6 @@ def _without_decoding(dataset: "Dataset") -> "Dataset":
         return feature
 
     return dataset.cast(encoded(dataset.features)) if "Image" in str(dataset.features) else dataset
-
-
-def _array_lines(stamps: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
-    """Each object of JSON files that hold one list, as a line of JSON."""
-    for file, *_ in stamps:
-        yield from ({TEXT: text} for text in _array_items(file))
-
-
-def _array_items(file: str, chunk: int = 1 << 20) -> Iterator[str]:
-    """The items of a JSON list as text, a piece of the file at a time. ValueError names the item that is damaged: what
-    follows it cannot be told apart."""
-    decoder = json.JSONDecoder()
-    with open(file, encoding="utf-8") as stream:
-        text = stream.read(chunk).lstrip()
-        if not text.startswith("["):
-            raise ValueError(f"{file} is no JSON list: name a file of one object a line .jsonl")
-        start, count, more = 1, 0, True
-        while True:
-            start = _SEPARATORS.match(text, start).end()  # pyright: ignore[reportOptionalMemberAccess]
-            if text[start : start + 1] == "]":
-                return
-            try:
-                _, end = decoder.raw_decode(text, start)
-                yield text[start:end]
-                start, count = end, count + 1
-            except json.JSONDecodeError as error:
-                if not more or len(text) - start > LONGEST_ROW:
-                    raise ValueError(
-                        f"row {count + 1} of the list is no whole JSON ({error.msg}), and rows behind it cannot be "
-                        "told apart: mend it, or write one object a line (.jsonl)"
-                    ) from None
-                piece = stream.read(max(chunk, len(text) - start))
-                text, start, more = text[start:] + piece, 0, bool(piece)
 
 
 def _folder(files: Sequence[str], source: Source) -> str:

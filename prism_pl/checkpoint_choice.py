@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from prism_pl.checkpoint_files import whole_file
-
 CHOICE = "choice.json"
 DRIFT = "proxies/val_drift"
 
@@ -38,6 +36,8 @@ class Choice:
 
     def write(self, file: Path) -> None:
         """Write down what was chosen, and from what."""
+        from prism_pl.checkpoint_files import whole_file  # imports torch, which a report does without
+
         validations = [{"step": step, DRIFT: None if math.isnan(drift) else drift} for step, drift in self.validations]
         content = {"choice": "least_drift", "step": self.step, "validations": validations}
         with whole_file(file) as out:

@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -134,6 +135,37 @@ def test_distillation_keeps_what_parses_and_verifies_counts_the_rest_and_goes_on
         assert Path(row.images[0]).read_bytes() == png(number)
 
 
+def test_a_folder_takes_responses_to_one_set_of_rows_alone(folder, capsys):
+    file = write_table(folder / "rows.parquet", [prompt(0)])
+    with Endpoint({number: [RESPONSE] for number in range(2)}) as endpoint:
+        assert main(command(file, endpoint)) == 0
+        first = (folder / "taught" / "demonstrations.jsonl").read_text()
+        write_table(file, [prompt(1)])  # as FILE-ROW has it, the same id
+        assert main(command(file, endpoint)) == 1
+        assert "taught/journal.jsonl was begun with other settings (data.rows: " in capsys.readouterr().err
+        assert (folder / "taught" / "demonstrations.jsonl").read_text() == first
+        assert len(endpoint.asked) == 1
+        assert main(command(file, endpoint, "--out", "elsewhere")) == 0
+    assert "triangle 1?" in (folder / "elsewhere" / "demonstrations.jsonl").read_text()
+
+
+def test_a_folder_takes_responses_of_one_making_alone(tmp_path):
+    teacher = Client("http://127.0.0.1:9/v1", "a")
+    Distillation(teacher, tmp_path, data={"rows": "x"})
+    Distillation(teacher, tmp_path, data={"rows": "x"}, concurrency=3)
+    for changed, says in (
+        ({"max_tokens": 7}, r"max_tokens: \d+ -> 7"),
+        ({"temperature": 0.5}, r"temperature: 1\.0 -> 0\.5"),
+        ({"attempts": 2}, "attempts: 1 -> 2"),
+        ({"unverified": True}, "unverified: False -> True"),
+        ({"data": {"rows": "y"}}, "data.rows: x -> y"),
+    ):
+        options = {"data": {"rows": "x"}, **changed}
+        asked = {name: options.pop(name) for name in ("max_tokens", "temperature") if name in options}
+        with pytest.raises(ValueError, match=rf"journal.jsonl was begun with other settings \({says}\): bring them"):
+            Distillation(replace(teacher, **asked), tmp_path, **options)
+
+
 @pytest.mark.parametrize(
     ("status", "says"), [(401, "refuses the model 'gemini' .status 401"), (503, "did not answer row 'rows-")]
 )
@@ -164,8 +196,18 @@ def test_other_settings_do_not_mix_and_half_a_line_is_asked_again(tmp_path):
     assert list(read_journals(tmp_path, "journal.jsonl", settings)) == [{"id": "é"}]
     Journal(tmp_path / "journal.jsonl", settings).append({"id": "two"})
     assert list(read_journals(tmp_path, "journal.jsonl", settings)) == [{"id": "é"}, {"id": "two"}]
-    with pytest.raises(ValueError, match=r"journal\.jsonl was begun with other settings"):
+    with pytest.raises(ValueError, match=r"journal\.jsonl was begun with other settings \(teacher: a -> b\)"):
         list(read_journals(tmp_path, "journal.jsonl", {"teacher": "b"}))
+
+
+def test_a_kill_within_a_character_leaves_a_journal_that_is_read(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", {})
+    journal.append({"id": "é"})
+    with journal.file.open("ab") as lines:
+        lines.write('{"id": "é'.encode()[:-1])
+    assert list(read_journals(tmp_path, "journal.jsonl", {})) == [{"id": "é"}]
+    Journal(tmp_path / "journal.jsonl", {}).append({"id": "two"})
+    assert list(read_journals(tmp_path, "journal.jsonl", {})) == [{"id": "é"}, {"id": "two"}]
 
 
 def test_a_line_of_a_journal_ends_where_the_file_says_so_alone(tmp_path):
@@ -179,7 +221,7 @@ def test_rows_without_an_answer_are_kept_only_where_asked_for(tmp_path):
     teacher = Client("http://127.0.0.1:9/v1", "a")
     row = Example("a", "Why?")
     assert "no answer to verify" in Distillation(teacher, tmp_path).unfit(RESPONSE, row)
-    assert Distillation(teacher, tmp_path, unverified=True).unfit(RESPONSE, row) == ""
+    assert Distillation(teacher, tmp_path / "all", unverified=True).unfit(RESPONSE, row) == ""
     with pytest.raises(ValueError, match="--attempts is 0"):
         Distillation(teacher, tmp_path, attempts=0)
 

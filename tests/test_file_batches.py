@@ -91,6 +91,29 @@ def test_ranks_share_the_batches_out_and_have_as_many(folder):
     assert not first & second
 
 
+def test_rows_that_fill_no_batch_are_counted_and_too_few_of_them_refused_by_their_number(folder, caplog):
+    caplog.set_level("INFO")
+    loader = opened(data("length")).train_dataloader()
+    assert sum(len(batch) for batch in loader) == 56
+    said = "3 of 59 training rows fill no batch of 8 and are left out of every epoch; batch_tokens takes them in"
+    assert caplog.text.count(said) == 1
+    opened(data("tokens")).train_dataloader()
+    opened(DemonstrationsDataModule("rows.jsonl", check_folder="check", group_by_length=True, batch_size=59))
+    assert caplog.text.count("fill no batch") == 1
+    few = {"check_folder": "check", "group_by_length": True, "batch_size": 60}
+    with pytest.raises(ValueError, match=r"batch_size is 60, and there are only 59 training rows: give a smaller"):
+        opened(DemonstrationsDataModule("rows.jsonl", **few)).train_dataloader()
+
+
+@pytest.mark.parametrize("options", [{"group_by_length": True, "batch_size": 30}, {"batch_tokens": 8000}])
+def test_fewer_batches_than_processes_are_refused_by_their_number(options, folder):
+    module = opened(DemonstrationsDataModule("rows.jsonl", check_folder="check", **options))
+    module.trainer.world_size = 4
+    said = r"rows of like length make too few batches, [12] for 4 processes: give a smaller batch_size or batch_tokens"
+    with pytest.raises(ValueError, match=said):
+        module.train_dataloader()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_on_files_that_were_changed_meanwhile_is_refused(folder):
     options = {"batch_size": 8}

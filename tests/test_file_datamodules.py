@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from datamodules import DemonstrationsDataModule, PairsDataModule, PromptsDataModule
+from datamodules.json_rows import array_items
 from datamodules.prompt_lengths import short_enough
 from datamodules.sources import Source
 from prism_pl.bad_rows import BadRow
@@ -399,13 +400,11 @@ def test_files_that_cannot_be_read_are_named(folder):
 
 
 def test_a_long_json_list_is_read_in_pieces(folder):
-    from datamodules.sources import _array_items
-
     items = [{"text": "é]}[," * n, "n": n} for n in range(50)]
     (folder / "list.json").write_text(json.dumps(items, ensure_ascii=False))
     for chunk in (1, 7, 100, 10_000):
-        assert [json.loads(item) for item in _array_items(str(folder / "list.json"), chunk)] == items, chunk
-    assert list(_array_items(str(write_lines(folder / "none.json", ["[]"])))) == []
+        assert [json.loads(item) for item in array_items(str(folder / "list.json"), chunk)] == items, chunk
+    assert list(array_items(str(write_lines(folder / "none.json", ["[]"])))) == []
 
 
 def test_relative_images_lie_beside_the_file_or_in_the_given_folder(folder, tmp_path):

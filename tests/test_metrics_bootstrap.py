@@ -13,6 +13,7 @@ from prism_pl.metrics import (
     paired_ratio_difference,
     ratio_interval,
 )
+from prism_pl.metrics.resamples import times_drawn, times_drawn_together
 
 
 def test_interval_of_known_data_is_the_normal_one():
@@ -49,11 +50,19 @@ def test_the_seed_decides_and_the_order_does_not():
 def test_many_prompts_are_resampled_in_chunks(monkeypatch):
     values = np.random.default_rng(3).random(30)
     whole = bootstrap_interval(values, 2000)
-    monkeypatch.setattr("prism_pl.metrics.bootstrap._CHUNK", 30 * 300)
-    chunked = bootstrap_interval(values, 2000)
-    assert chunked == pytest.approx(whole, abs=0.02)
-    monkeypatch.setattr("prism_pl.metrics.bootstrap._CHUNK", 1)
+    monkeypatch.setattr("prism_pl.metrics.resamples.CHUNK", 30 * 300)
+    assert bootstrap_interval(values, 2000) == pytest.approx(whole, abs=1e-12)  # the same draws
+    monkeypatch.setattr("prism_pl.metrics.resamples.CHUNK", 1)
     assert bootstrap_interval(values, 200).mean == pytest.approx(values.mean())
+
+
+def test_resamples_count_what_was_drawn():
+    drawn_RP = np.random.default_rng(5).integers(7, size=(40, 7))
+    (counts_RP,) = times_drawn(7, 40, seed=5)
+    assert counts_RP.tolist() == [[row.tolist().count(p) for p in range(7)] for row in drawn_RP]
+    assert (times_drawn_together(7, 40, seed=5).sum(1) == 7).all()
+    with pytest.raises(ValueError, match="read-only"):
+        counts_RP[0, 0] = 9  # kept for the next number
 
 
 def test_one_prompt_has_no_interval_and_nan_stays_nan():

@@ -320,3 +320,8 @@ def test_help_is_fast_and_needs_no_torch(tmp_path):
     light = "import sys, prism_pl.__main__ as m; m.main(['report', '--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", light], cwd=ROOT, capture_output=True, check=False).returncode == 0
     assert time.monotonic() - start < 5
+
+
+def test_a_report_is_made_without_torch():
+    light = "import sys, prism_pl.report.document; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", light], cwd=ROOT, capture_output=True, check=False).returncode == 0

@@ -4,7 +4,8 @@
 
 Kept is a response that has the three blocks and whose answer is one of the row's. `demonstrations.jsonl` is read by
 `datamodules.DemonstrationsDataModule`; `rejected.jsonl` says what was not kept and why. The same command goes on after
-a kill: what was paid for is in `journal.jsonl`.
+a kill: what was paid for is in `journal.jsonl`. A folder takes the responses of one making: of the same rows, teacher
+and options.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +26,7 @@ from prism_pl.endpoint import Cost, Endpoint, EndpointGone, EndpointRefused
 from prism_pl.errors import UsageError
 from prism_pl.evaluation import write_lines
 from prism_pl.images import image_part, open_image
+from prism_pl.pass_rates import HasRecipe
 from prism_pl.processor import IMAGE_MARK, chat_messages
 from prism_pl.rewards import accuracy
 
@@ -62,11 +65,14 @@ def run(args: list[str]) -> None:
         options.key_variable,
         cost,
     )
-    folder = Path(options.out)
-    distillation = Distillation(teacher, folder, options.attempts, options.concurrency, options.unverified)
     rows = (row for batch in read_split(cli.datamodule, cli.trainer, "train", list) for row in batch)
+    first = list(islice(rows, 1))  # opens the data, which can say then what its rows are made of
+    data = cli.datamodule.row_recipe() if isinstance(cli.datamodule, HasRecipe) else None
+    distillation = Distillation(
+        teacher, Path(options.out), options.attempts, options.concurrency, options.unverified, data
+    )
     try:
-        asyncio.run(distillation.run(rows))
+        asyncio.run(distillation.run(chain(first, rows)))
     finally:
         print(distillation.write(), flush=True)
 
@@ -100,6 +106,7 @@ class Distillation:
         attempts: responses for a row until one is kept.
         concurrency: rows in flight.
         unverified: keep well-formed responses to rows without an answer.
+        data: what the rows are made of, in plain values: rows of another making may have the same ids.
     """
 
     teacher: Endpoint
@@ -107,12 +114,20 @@ class Distillation:
     attempts: int = 1
     concurrency: int = 16
     unverified: bool = False
+    data: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("attempts", "concurrency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}: give at least 1")
-        self.settings = {"teacher": self.teacher.model, "temperature": self.teacher.temperature}
+        self.settings = {
+            "teacher": self.teacher.model,
+            "temperature": self.teacher.temperature,
+            "max_tokens": self.teacher.max_tokens,
+            "attempts": self.attempts,
+            "unverified": self.unverified,
+            "data": self.data,
+        }
         self.done = {entry["id"] for entry in self._entries()}
         self.resumed = len(self.done)
         self.unanswered: list[str] = []

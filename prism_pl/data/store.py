@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism_pl.batch import Example
+from prism_pl.fingerprint import differences
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,26 +52,31 @@ class Journal:
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            with file.open("r+") as lines:
-                text = lines.read()
-                lines.seek(0)
-                lines.truncate(len(text[: text.rfind("\n") + 1].encode()))  # half a line is what a kill leaves
+            with file.open("r+b") as lines:
+                lines.truncate(_whole_lines(lines.read()))
         if not file.exists() or not file.stat().st_size:
             self.append({"settings": settings})
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write a line, at once."""
-        with self.file.open("a") as lines:
+        with self.file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def read_journals(folder: Path, pattern: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The entries of all processes' journals. ValueError where they were made with other settings."""
     for file in sorted(folder.glob(pattern)):
-        # Not splitlines: a text may hold U+2028 or U+0085 as they are. What follows the last end is half a line.
-        whole = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-        if whole and whole[0]["settings"] != json.loads(json.dumps(settings)):
+        content = file.read_bytes()
+        # Not splitlines: a text may hold U+2028 or U+0085 as they are.
+        whole = [json.loads(line) for line in content[: _whole_lines(content)].decode().split("\n")[:-1]]
+        if whole and (changed := list(differences(whole[0]["settings"], json.loads(json.dumps(settings))))):
             raise ValueError(
-                f"{file} was begun with other settings than these: bring them back, or remove the file to begin anew"
+                f"{file} was begun with other settings ({'; '.join(changed)}): bring them back, name another folder, "
+                "or remove the file to begin anew"
             )
         yield from whole[1:]
+
+
+def _whole_lines(content: bytes) -> int:
+    """Bytes of the lines that have an end. A kill leaves half a line behind them, and maybe half a character."""
+    return content.rfind(b"\n") + 1

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Resampled values held in memory at once (32 MB as float64).
-_CHUNK = 4_000_000
+from prism_pl.metrics.resamples import times_drawn
 
 
 class Interval(NamedTuple):
@@ -151,13 +150,8 @@ def _interval(columns_PC: np.ndarray, num_resamples: int, level: float, seed: in
 def _estimates(columns_PC: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
     """The statistic of every resample."""
     num_prompts = len(columns_PC)
-    generator = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // (num_prompts * columns_PC.shape[1]))
-    estimates = []
-    for first in range(0, num_resamples, rows):
-        drawn_RP = generator.integers(num_prompts, size=(min(rows, num_resamples - first), num_prompts))
-        estimates.append(_statistic(columns_PC[drawn_RP].sum(1), num_prompts))
-    return np.concatenate(estimates)
+    blocks = times_drawn(num_prompts, num_resamples, seed)
+    return np.concatenate([_statistic(drawn_RP @ columns_PC, num_prompts) for drawn_RP in blocks])
 
 
 def _bounds(estimates_R: np.ndarray, level: float) -> tuple[float, float]:

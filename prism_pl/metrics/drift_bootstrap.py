@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from prism_pl.metrics.bootstrap import Interval
+from prism_pl.metrics.resamples import times_drawn_together
 
 Counts = Mapping[str, Sequence[int]]  # prompt id -> a count for each valid response; may be empty
 
@@ -77,8 +78,7 @@ def _interval(histograms_SPK: np.ndarray, gaps: np.ndarray, num_resamples: int, 
     estimate = float(_statistic(histograms_SPK.sum(1)[:, None], gaps)[0])
     if num_prompts == 1:
         return Interval(estimate, float("nan"), float("nan"), 1)
-    drawn_RP = np.random.default_rng(seed).multinomial(num_prompts, [1 / num_prompts] * num_prompts, num_resamples)
-    pooled_SRK = drawn_RP.astype(np.float64) @ histograms_SPK
+    pooled_SRK = times_drawn_together(num_prompts, num_resamples, seed) @ histograms_SPK
     tail = (1 - level) / 2
     low, high = np.quantile(_statistic(pooled_SRK, gaps), [tail, 1 - tail])
     return Interval(estimate, float(low), float(high), num_prompts)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from prism_pl.metrics.bootstrap import Interval
+from prism_pl.metrics.resamples import times_drawn_together
 
 
 def pair_interval(
@@ -49,7 +50,6 @@ def pair_interval(
     mean = float(statistic(np.ones((1, num_prompts)))[0]) if num_prompts else float("nan")
     if num_prompts < 2:
         return Interval(mean, float("nan"), float("nan"), num_prompts)
-    drawn_RP = np.random.default_rng(seed).multinomial(num_prompts, [1 / num_prompts] * num_prompts, num_resamples)
     tail = (1 - level) / 2
-    low, high = np.quantile(statistic(drawn_RP.astype(np.float64)), [tail, 1 - tail])
+    low, high = np.quantile(statistic(times_drawn_together(num_prompts, num_resamples, seed)), [tail, 1 - tail])
     return Interval(mean, float(low), float(high), num_prompts)
