@@ -146,7 +146,7 @@ def table(folder: Path) -> str:
     for one in cases:
         cells = [f"{one.median(f'time/{p}'):.2f} ({one.memory(p)})" for p in PHASES]
         parked = "both optimisers" if PARKED in one.told["case"] else "nothing"
-        rate = one.median("align/tokens") / one.step
+        rate = one.median("align/tokens") / one.step / one.num_gpus
         lines.append(f"| {one.told['case']} | {parked} | {one.step:.2f} | {rate:,.0f} | " + " | ".join(cells) + " |")
     lines += ["", *scalings(cases)]
     for ran_on in dict.fromkeys(f"{one.told['card']}; {_shown(one.told['versions'])}" for one in cases):
@@ -169,6 +169,10 @@ class Measured:
     def read(cls, settings: Path) -> "Measured":
         events = next(iter(settings.parent.rglob("events.out.tfevents*"))).parent
         return cls(json.loads(settings.read_text()), read_curves(events))
+
+    @property
+    def num_gpus(self) -> int:
+        return int(self.told["case"].split(":")[1])
 
     @property
     def step(self) -> float:

@@ -13,7 +13,7 @@ class Progress(RichProgressBar):
     `prog_bar=True`.
 
     Read from the logged metrics: `*/reward_gap/<expert>`, `*/accuracy` or else `*/val_accuracy`, and `*/tokens`, the
-    tokens that a rank handled in the step.
+    tokens that all ranks handled in the step.
     """
 
     def __init__(self, refresh_rate: int = 4) -> None:
@@ -43,7 +43,7 @@ class Progress(RichProgressBar):
                 shown["accuracy"] = found[0]
         tokens = [value for name, value in logged.items() if name.endswith("/tokens")]
         if tokens and self._seconds > 0:
-            shown["tokens/s"] = f"{sum(tokens) / self._seconds * trainer.world_size:,.0f}"
+            shown["tokens/s"] = f"{sum(tokens) / self._seconds:,.0f}"
         others = super().get_metrics(trainer, pl_module)
         others.pop("v_num", None)
         return shown | {name: value for name, value in others.items() if not name.endswith(("/accuracy", "/tokens"))}

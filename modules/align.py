@@ -22,7 +22,7 @@ from prism_pl.batch_draws import BatchDraws
 from prism_pl.chat import parse
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back, source_of
 from prism_pl.credit import Credit, check_credit, credited_advantages
-from prism_pl.discriminator import DiscriminatorFactory, Scores, score_texts
+from prism_pl.discriminator import DiscriminatorFactory, Scores, diagnostics_over_ranks, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.governor import Governor, Plan, pair_accuracies, scaled_rate
 from prism_pl.lora import whole_parameters
@@ -48,7 +48,15 @@ from prism_pl.rollout_stage import (
     warn_inert_kl,
 )
 from prism_pl.row_needs import RowNeeds, with_discriminator, with_engine
-from prism_pl.strategy import building, check_trainer, share, step_network, training_only, whole_groups
+from prism_pl.strategy import (
+    building,
+    check_trainer,
+    metrics_over_ranks,
+    share,
+    step_network,
+    training_only,
+    whole_groups,
+)
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, warn_inert_clip
 
@@ -235,14 +243,15 @@ class AdversarialAlignModule(LightningModule):
         if self.kl.in_reward:
             penalty_B, kl_mean = kl_reward(self.kl, self.policy, self.reference, sequences, self.numerics)
             by_expert = {expert: scores_B - penalty_B for expert, scores_B in by_expert.items()}
-            self.log("align/kl", kl_mean, batch_size=1, sync_dist=True)
+            self.log("align/kl", kl_mean, batch_size=1)
         shape = (-1, self.num_rollouts)
         ranks = self.ranks_per_group
         scores_PG = {expert: scores_B.view(shape) for expert, scores_B in by_expert.items()}
         groups = {expert: whole_groups(values_PG, ranks) for expert, values_PG in scores_PG.items()}
         whole_valid_PG = whole_groups(scores.valid_B.view(shape), ranks)
-        shares = variance_shares(groups, whole_valid_PG, self.advantage, self.alpha)
-        self.log_dict({f"align/variance_share/{e}": s for e, s in shares.items()}, batch_size=1, sync_dist=True)
+        shares, variance = variance_shares(groups, whole_valid_PG, self.advantage, self.alpha)
+        shares = metrics_over_ranks(shares, dict.fromkeys(shares, variance))
+        self.log_dict({f"align/variance_share/{e}": s for e, s in shares.items()}, batch_size=1)
         advantages, told = credited_advantages(
             groups,
             whole_valid_PG,
@@ -406,12 +415,14 @@ class AdversarialAlignModule(LightningModule):
         loss, told = policy_loss
         logged = {
             "align/policy_loss": loss,
-            "align/entropy": told["entropy"],
             "align/malformed": 1 - scores.valid_B.float().mean(),
             "align/lr": self.optimizers()[0].param_groups[0]["lr"],  # type: ignore[index]
         }
-        logged |= {f"align/{name}": value for name, value in (length_summary(rollouts) | scores.diagnostics).items()}
-        logged |= {f"align/{name}": told[name] for name in told if name == "kl" or name.startswith("mismatch_")}
+        logged |= {f"align/{name}": value for name, value in length_summary(rollouts).items()}
         self.log_dict(logged, batch_size=1, sync_dist=True)
-        self.log("align/tokens", float(sequences.num_tokens), batch_size=1, reduce_fx="sum")
+        of_tokens = {n: told[n] for n in told if n in ("entropy", "kl") or n.startswith("mismatch_")}
+        measured = metrics_over_ranks(of_tokens, dict.fromkeys(of_tokens, told["num_tokens"]))
+        measured |= diagnostics_over_ranks(self.discriminator, scores)
+        self.log_dict({f"align/{name}": value for name, value in measured.items()}, batch_size=1)
+        self.log("align/tokens", float(sequences.num_tokens), batch_size=1, sync_dist=True, reduce_fx="sum")
         self.log_dict(self.timer.pop() | self.rollout.metrics(), batch_size=1)

@@ -47,7 +47,16 @@ from prism_pl.rollout_stage import (
     with_overlong,
 )
 from prism_pl.row_needs import RowNeeds, with_engine
-from prism_pl.strategy import building, check_trainer, own_part, share, step_network, whole_groups, world_size
+from prism_pl.strategy import (
+    building,
+    check_trainer,
+    metrics_over_ranks,
+    own_part,
+    share,
+    step_network,
+    whole_groups,
+    world_size,
+)
 from prism_pl.timing import PhaseTimer
 from prism_pl.updates import KLPenalty, Numerics, kl_reward, policy_backward, rows_of, warn_inert_clip
 
@@ -263,10 +272,12 @@ class RLVRModule(LightningModule):
             loss, told = self._update([groups[g] for g in chosen], advantages_B[rows], *rows_of(rows, old_BT, ref_BT))
             losses.append(loss)
             parts.append(told)
-        logged = {"policy_loss": torch.stack(losses).mean(), **combine_metrics(parts)}
-        del logged["num_tokens"]
-        logged["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.log_dict({f"rlvr/{name}": value for name, value in logged.items()}, batch_size=1, sync_dist=True)
+        self.log("rlvr/policy_loss", torch.stack(losses).mean(), batch_size=1, sync_dist=True)
+        measured = combine_metrics(parts)
+        measured = metrics_over_ranks(measured, dict.fromkeys(measured, measured["num_tokens"]))
+        del measured["num_tokens"]
+        self.log_dict({f"rlvr/{name}": value for name, value in measured.items()}, batch_size=1)
+        self.log("rlvr/lr", self.optimizers().param_groups[0]["lr"], batch_size=1)  # type: ignore[union-attr]
 
     def _sequences(self, groups: Sequence[Group]) -> tuple[SequenceBatch, Tensor]:
         """The trainer's tensors of the rollouts, and the sampler's log-probabilities, (B, T)."""
@@ -279,7 +290,7 @@ class RLVRModule(LightningModule):
         if self.kl.in_reward:
             penalty_B, kl_mean = kl_reward(self.kl, self.policy, self.reference, sequences, self.numerics)
             rewards_PG = rewards_PG - penalty_B.view_as(rewards_PG)
-            self.log("rlvr/kl", kl_mean, batch_size=1, sync_dist=True)
+            self.log("rlvr/kl", kl_mean, batch_size=1)
         ranks = self.ranks_per_group
         rewards_PG = whole_groups(rewards_PG, ranks)
         if self.scale == "batch" and world_size() > 1:
@@ -397,4 +408,4 @@ class RLVRModule(LightningModule):
         num_still = still_P.sum().float() / self.ranks_per_group  # each rank of a group counts it
         self.log("rlvr/zero_std_groups", num_still, batch_size=1, sync_dist=True, reduce_fx="sum")
         tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
-        self.log("rlvr/tokens", float(tokens), batch_size=1, reduce_fx="sum")
+        self.log("rlvr/tokens", float(tokens), batch_size=1, sync_dist=True, reduce_fx="sum")

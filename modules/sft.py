@@ -110,7 +110,7 @@ class SFTModule(LightningModule):
         loss = self._nll_sum(batch) / share(batch.mask_BT.sum())
         check_finite(loss, "sft/loss", batch.ids)
         self.log("sft/loss", loss.detach(), prog_bar=True, sync_dist=True)
-        self.log("sft/tokens", float(batch.num_tokens), reduce_fx="sum")
+        self.log("sft/tokens", float(batch.num_tokens), sync_dist=True, reduce_fx="sum")
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

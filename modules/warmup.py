@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from prism_pl.aggregation import Metrics
 from prism_pl.batch import Example
 from prism_pl.batch_draws import BatchDraws
 from prism_pl.checkpoints import keep_plain_hyperparameters, leave_out, put_back, source_of
-from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, score_texts
+from prism_pl.discriminator import Discriminator, DiscriminatorFactory, Scores, diagnostics_over_ranks, score_texts
 from prism_pl.discriminator_loss import discriminator_loss
 from prism_pl.losses import soft_clip
 from prism_pl.optim import Schedule, build_optimizer, check_finite, lr_scheduler
@@ -29,7 +30,7 @@ from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling
 from prism_pl.row_needs import RowNeeds, with_discriminator, with_engine
-from prism_pl.strategy import building, check_gradients, check_trainer
+from prism_pl.strategy import building, check_gradients, check_trainer, metrics_over_ranks
 
 
 class DiscriminatorModule(LightningModule):
@@ -157,14 +158,9 @@ class DiscriminatorModule(LightningModule):
             )
         loss, told = discriminator_loss(chosen, rolled, self.label_smoothing, self.score_l2)
         check_finite(loss, "warmup/loss", batch.ids)
-        for expert, metrics in told.items():
-            for name in ("accuracy", "margin"):
-                self._log(f"warmup/pair_{name}/{expert}", metrics[name])
-        self._log("warmup/loss", loss.detach(), prog_bar=True)
-        self._log("warmup/malformed", 1 - valid_B.float().mean())
-        self._log("warmup/pairs", valid_B.float().sum(), reduce_fx="sum")
-        for name, value in rolled.diagnostics.items():
-            self._log(f"warmup/{name}", value)
+        self.log("warmup/loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
+        self.log("warmup/pairs", valid_B.float().sum(), batch_size=1, sync_dist=True, reduce_fx="sum")
+        self._log_pairs(told, rolled)
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -250,5 +246,11 @@ class DiscriminatorModule(LightningModule):
             for example in examples
         ]
 
-    def _log(self, name: str, value: Tensor, **options: Any) -> None:
-        self.log(name, value, batch_size=1, sync_dist=True, **options)
+    def _log_pairs(self, told: dict[str, Metrics], rolled: Scores) -> None:
+        """What the pairs of all ranks are like, of which each may have another number."""
+        valid_B = rolled.valid_B
+        pairs = {f"pair_{name}/{expert}": told[expert][name] for expert in told for name in ("accuracy", "margin")}
+        counts = dict.fromkeys(pairs, valid_B.sum()) | {"malformed": torch.ones_like(valid_B).sum()}
+        measured = metrics_over_ranks(pairs | {"malformed": 1 - valid_B.float().mean()}, counts)
+        measured |= diagnostics_over_ranks(self.discriminator, rolled)
+        self.log_dict({f"warmup/{name}": value for name, value in measured.items()}, batch_size=1)

@@ -130,10 +130,11 @@ def mixed_rewards(scores: Mapping[str, Tensor], alpha: float) -> Tensor:
 
 def variance_shares(
     scores: Mapping[str, Tensor], valid_PG: Tensor, mixing: Mixing, alpha: float = 0.5
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """How much of what the policy is rewarded by comes from each expert, whatever alpha says: the covariance of its
     term with the sum of the terms over the variance of the sum, within groups and over valid responses. Adds up to 1;
-    below 0 where an expert pulls against the sum; NaN without any variance.
+    below 0 where an expert pulls against the sum; NaN without any variance. Second that variance, summed over the
+    responses: weighted by it, shares of parts are those of the whole.
 
     Args:
         mixing: the terms are weighted scores (`paper`) or weighted normalised scores (`released`).
@@ -146,7 +147,8 @@ def variance_shares(
     terms = {name: _centred(weight * values[name], valid_PG) for name, weight in weights.items()}
     total_PG = torch.stack(list(terms.values())).sum(0)
     variance = total_PG.square().sum()
-    return {name: ((term * total_PG).sum() / variance).float().to(device) for name, term in terms.items()}
+    shares = {name: ((term * total_PG).sum() / variance).float().to(device) for name, term in terms.items()}
+    return shares, variance.to(device)
 
 
 def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> tuple[Tensor, Metrics]:

@@ -26,6 +26,7 @@ class SegmentBatch:
         experts: names.
         row_of: for each expert, the sequence (B,) of each response; -1 where the response is malformed or too long.
         too_long: for each expert, the share of well-formed responses whose segment is over the cap; NaN without any.
+        num_well_formed: of the B responses.
     """
 
     sequences: SequenceBatch
@@ -33,6 +34,7 @@ class SegmentBatch:
     experts: tuple[str, ...]
     row_of: dict[str, Tensor]
     too_long: dict[str, Tensor]
+    num_well_formed: Tensor
 
     @property
     def valid_B(self) -> Tensor:
@@ -90,4 +92,5 @@ def segment_batch(
         experts=experts,
         row_of=row_of,
         too_long=too_long,
+        num_well_formed=torch.tensor(sum(valid)),
     )

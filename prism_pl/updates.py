@@ -19,6 +19,7 @@ from prism_pl.losses import check_kl_placement, kl_estimate
 from prism_pl.mismatch import MismatchCorrection
 from prism_pl.optim import check_finite
 from prism_pl.policy_loss import ClippedLoss, PolicyLoss
+from prism_pl.strategy import global_sum
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,12 @@ def kl_reward(
     kl: KLPenalty, policy: Any, reference: Any, batch: SequenceBatch, numerics: Numerics
 ) -> tuple[Tensor, Tensor]:
     """What to take off each response's reward, (B,): the coefficient times k1 summed over its tokens, a one-sample
-    estimate of the KL divergence of the response distributions. Second the mean KL a token, for the logs."""
+    estimate of the KL divergence of the response distributions. Second the mean KL a token over all ranks, for the
+    logs."""
     logps_BT, ref_logps_BT = numerics.all_logps(policy, batch), numerics.all_logps(reference, batch)
     kl_BT = kl_estimate(logps_BT, ref_logps_BT, kl.kind) * batch.mask_BT
-    return kl.coefficient * kl_BT.sum(-1), kl_BT.sum() / batch.mask_BT.sum()
+    total, num_tokens = global_sum(kl_BT.sum()), global_sum(batch.mask_BT.sum())
+    return kl.coefficient * kl_BT.sum(-1), total / num_tokens
 
 
 def warn_inert_clip(policy_loss: PolicyLoss, num_updates: int) -> None:

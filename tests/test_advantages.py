@@ -293,18 +293,20 @@ def test_variance_shares_by_hand():
     # 2 x 1 and 2 x 3. A malformed row counts nowhere, and a second group adds what it has, here nothing.
     scores = scores_of([[0.0, 2.0, NAN], [5.0, 5.0, 5.0]], [[0.0, 6.0, NAN], [1.0, 1.0, 1.0]])
     valid = valid_of([1, 1, 0], [1, 1, 1])
-    shares = variance_shares(scores, valid, "paper", 0.5)
+    shares, variance = variance_shares(scores, valid, "paper", 0.5)
+    assert variance.item() == pytest.approx(8)
     assert shares["perception"].item() == pytest.approx(0.25)
     assert shares["reasoning"].item() == pytest.approx(0.75)
     for alpha, share in ((0.0, 0.0), (1.0, 1.0)):
-        assert variance_shares(scores, valid, "paper", alpha)["perception"].item() == share
+        assert variance_shares(scores, valid, "paper", alpha)[0]["perception"].item() == share
     # Normalised scores have one size: 0.5 each. With the malformed row filled in, (0, 2, -1) has a std of sqrt(7 / 3)
     # and (0, 6, -1) one of sqrt(43 / 3), so the valid two differ by 1.3093 and 1.5848: 1.3093 / 2.8941.
     whole = scores_of([[0.0, 2.0]], [[0.0, 6.0]])
-    assert variance_shares(whole, valid_of([1, 1]), "released")["perception"].item() == pytest.approx(0.5)
-    assert variance_shares(scores, valid, "released")["perception"].item() == pytest.approx(0.4524, abs=1e-4)
+    assert variance_shares(whole, valid_of([1, 1]), "released")[0]["perception"].item() == pytest.approx(0.5)
+    assert variance_shares(scores, valid, "released")[0]["perception"].item() == pytest.approx(0.4524, abs=1e-4)
     # An expert that pulls against the sum: terms (0, -1) and (0, 3), sum (0, 2), centred 0.5 -0.5 against -1 1.
     against = scores_of([[0.0, -2.0]], [[0.0, 6.0]])
-    assert variance_shares(against, valid_of([1, 1]), "paper")["perception"].item() == pytest.approx(-0.5)
-    silent = variance_shares(scores_of([[1.0, 1.0]], [[1.0, 1.0]]), valid_of([1, 1]), "paper")
+    assert variance_shares(against, valid_of([1, 1]), "paper")[0]["perception"].item() == pytest.approx(-0.5)
+    silent, nothing = variance_shares(scores_of([[1.0, 1.0]], [[1.0, 1.0]]), valid_of([1, 1]), "paper")
+    assert nothing == 0
     assert all(share.isnan() for share in silent.values())

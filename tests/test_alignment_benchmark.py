@@ -86,8 +86,9 @@ def test_the_table_has_the_wall_clock_between_steps_and_the_scaling_of_equal_set
     write_case(tmp_path, "zero3:2", 5.0, prompts=4)
     lines = alignment.table(tmp_path).splitlines()
     cell = "0.50 (7.0 / 8.0)"
-    assert f"| zero2:2:{parked} | both optimisers | 12.50 | 48 | " + " | ".join([cell] * 5) + " |" in lines
-    assert "| zero2:2 | nothing | 5.00 | 120 | " + " | ".join([cell] * 5) + " |" in lines
+    # 600 tokens a step on two GPUs: 600 / 12.5 / 2
+    assert f"| zero2:2:{parked} | both optimisers | 12.50 | 24 | " + " | ".join([cell] * 5) + " |" in lines
+    assert "| zero2:2 | nothing | 5.00 | 60 | " + " | ".join([cell] * 5) + " |" in lines
     # 2 x 10 / 12.5; parked and unparked, or with other settings, are no pair
     assert [line for line in lines if " over " in line] == [f"* zero2:2:{parked} over zero2:1:{parked}: 1.60 x"]
     assert lines[-1] == "* A Card; torch 2.12"

@@ -265,7 +265,7 @@ def test_without_a_monitored_checkpoint_there_is_no_best_export(tmp_path):
     assert not (tmp_path / "export-best").exists()
 
 
-def test_progress_shows_step_gap_accuracy_and_tokens_a_second(tmp_path):
+def test_progress_shows_step_gap_accuracy_and_tokens_a_second(tmp_path, monkeypatch):
     seen = []
 
     class Watched(Progress):
@@ -279,13 +279,18 @@ def test_progress_shows_step_gap_accuracy_and_tokens_a_second(tmp_path):
             self.log("align/policy_loss", 1.5, prog_bar=True)
             return super().training_step(batch, batch_idx)
 
-    fit(tmp_path, [Watched(), RewardGap()], Accurate(), enable_progress_bar=True)
+    bar, module = Watched(), Accurate()
+    trainer = fit(tmp_path, [bar, RewardGap()], module, enable_progress_bar=True)
     last = seen[-1]
     assert last["step"] == "6"  # optimiser steps: two in each of three batches
     assert last["gap"] == pytest.approx((1 + 1 / 3) / 2)
     assert last["accuracy"] == 0.25
     assert float(last["tokens/s"].replace(",", "")) > 0
     assert last["align/policy_loss"] == 1.5
+    # 100 tokens in 2 s, and those are of all ranks already.
+    monkeypatch.setattr(type(trainer), "world_size", 4)
+    bar._seconds = 2.0
+    assert bar.get_metrics(trainer, module)["tokens/s"] == "50"
 
 
 def test_every_callback_goes_by_its_short_name():

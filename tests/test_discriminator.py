@@ -10,7 +10,15 @@ import torch
 
 from prism_pl.batch import Example
 from prism_pl.chat import Parsed, parse, render, segments
-from prism_pl.discriminator import DedicatedMoEDiscriminator, Discriminator, RowScores, evaluating, score, score_texts
+from prism_pl.discriminator import (
+    DedicatedMoEDiscriminator,
+    Discriminator,
+    RowScores,
+    diagnostics_over_ranks,
+    evaluating,
+    score,
+    score_texts,
+)
 from prism_pl.packing import padded_layout
 from prism_pl.policy import PolicySpec
 from prism_pl.segments import segment_batch, segment_ids
@@ -98,9 +106,10 @@ def test_the_last_tokens_cannot_win_whichever_side_is_longer_than_the_cap(blank_
         assert torch.equal(values.isnan(), ~scores.valid_B)
         judged = values[scores.valid_B]
         assert torch.equal(judged, judged[:1].expand_as(judged))
-    assert set(scores.diagnostics) == {"expert", "experts", "too_long/perception", "too_long/reasoning"}
+    told = diagnostics_over_ranks(shortcut, scores)
+    assert set(told) == {"expert", "experts", "too_long/perception", "too_long/reasoning"}
     for expert in shortcut.experts:
-        assert float(scores.diagnostics[f"too_long/{expert}"]) == sides.count(long) / 4
+        assert float(told[f"too_long/{expert}"]) == sides.count(long) / 4
 
 
 def longest_segment(processor, *responses: str) -> int:
@@ -131,8 +140,11 @@ def test_a_text_that_stands_twice_is_scored_once_and_sums_and_means_are_over_seq
     for micro_batch_tokens in (None, 1, 100):
         scores = score(shortcut, batch, micro_batch_tokens)
         # The reasoning expert, index 1, reads 4 of the 7.
-        assert float(scores.aux_loss) == float(scores.diagnostics["experts"]) == 4
+        assert float(scores.aux_loss) == float(diagnostics_over_ranks(shortcut, scores)["experts"]) == 4
         torch.testing.assert_close(scores.diagnostics["expert"], torch.tensor(4 / 7))
+        # Four responses, each with two segments, in seven sequences.
+        counts = {name: int(count) for name, count in scores.counts.items()}
+        assert counts == {"expert": 7, "too_long/perception": 4, "too_long/reasoning": 4}
 
 
 def test_every_segment_ends_with_the_end_token(blank_policy):

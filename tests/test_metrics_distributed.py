@@ -3,6 +3,7 @@
 import multiprocessing
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,10 @@ from prism_pl.metrics import (
     RewardGapMetric,
     StepCorrectness,
 )
-from prism_pl.strategy.ranks import gathered_values
+from prism_pl.strategy.ranks import gathered_values, metrics_over_ranks, sums_over_ranks
 from tests.style_game import Game
 
+NAN = float("nan")
 NUM_PROMPTS = 5
 
 
@@ -123,6 +125,24 @@ def governed_accuracies(rows: slice) -> dict[str, float]:
     return pair_accuracies(*sides, torch.ones(6, dtype=torch.bool)[rows])
 
 
+def metrics_of_two_ranks(rank: int) -> dict[str, dict[str, Any]]:
+    """The first rank has 3 tokens and 2 pairs, the second 1 token and none."""
+    own = [
+        {"entropy": 1.0, "x_max": 4.0, "x_min": 2.0, "num_x": 3.0, "broken": 1.0, "broken_max": 1.0, "accuracy": 0.5},
+        {"entropy": 3.0, "x_max": 6.0, "x_min": 1.0, "num_x": 2.0, "broken": NAN, "broken_max": NAN, "accuracy": NAN},
+    ][rank]
+    told = {name: torch.tensor(value) for name, value in own.items()} | {"idle_max": torch.tensor(NAN)}
+    counts = dict.fromkeys(told, torch.tensor((3, 1)[rank]))
+    counts |= {"accuracy": torch.tensor((2, 0)[rank]), "idle_max": torch.tensor(0)}
+    sums = {"counts": torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (rank + 1), "tokens": torch.tensor(5 + rank)}
+    reduced = metrics_over_ranks(told, counts)
+    assert all(value.dtype == torch.float32 for value in reduced.values())
+    return {
+        "metrics": {name: value.item() for name, value in reduced.items()},
+        "sums": {name: value.tolist() for name, value in sums_over_ranks(sums).items()},
+    }
+
+
 def _run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -132,6 +152,7 @@ def _run_rank(rank: int, folder: str) -> None:
     panel = panel_numbers(slice(0, 3) if rank == 0 else slice(3, None))
     results = {"uneven": compute(uneven), "idle": compute(idle), "panel": panel}
     results["accuracy"] = governed_accuracies(slice(0, 2) if rank == 0 else slice(2, None))
+    results["told"] = metrics_of_two_ranks(rank)
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     distributed.destroy_process_group()
 
@@ -148,3 +169,8 @@ def test_two_processes_equal_one_with_uneven_shares_and_with_an_idle_rank(tmp_pa
         assert_same(results["idle"])
         assert results["accuracy"] == governed_accuracies(slice(None)) == {"one": 4.5 / 6, "other": 1.5 / 6}
         assert results["panel"] == pytest.approx(expected, rel=1e-9)
+        # (3 x 1 + 1 x 3) / 4 tokens. Whose count is 0 is left out; a NaN that counts comes through.
+        wanted = {"entropy": 1.5, "x_max": 6, "x_min": 1, "num_x": 5, "broken": NAN, "broken_max": NAN}
+        wanted |= {"accuracy": 0.5, "idle_max": NAN}
+        assert results["told"]["metrics"] == pytest.approx(wanted, nan_ok=True)
+        assert results["told"]["sums"] == {"counts": [[3, 6], [9, 12]], "tokens": 11}

@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
 from prism_pl import cli
+from prism_pl.__main__ import main
 from prism_pl.shipped import shipped_configs
 from prism_pl.strategy import MultiEngineDeepSpeedStrategy
 
@@ -67,3 +68,17 @@ def test_each_network_has_options_of_its_own_from_the_command_line(monkeypatch, 
     assert strategy.options_of("policy").precision == "bf16"
     assert strategy.options_of("discriminator").stage == 2
     assert strategy.options_of("discriminator").precision == "32"
+
+
+@pytest.mark.parametrize("stage", ["align", "rlvr"])
+def test_two_players_and_many_updates_under_lightnings_own_strategy_are_one_line(stage, monkeypatch, tmp_path, capsys):
+    """Before anything is loaded, so that it says the same where there is no GPU."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", f"{stage}.yaml", "--trainer.strategy", "deepspeed_stage_2"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(
+        "error: trainer.strategy is Lightning's DeepSpeedStrategy, with one engine for one optimiser"
+    )
+    assert "Use prism_pl.strategy.MultiEngineDeepSpeedStrategy (--config strategy/zero2.yaml)" in line
+    assert not (tmp_path / "runs" / stage).exists()

@@ -7,7 +7,7 @@ each. The kinds are named in YAML; all grow from any dense Qwen3-VL.
 from prism_pl.discriminator.dedicated import DedicatedMoEDiscriminator, TextOnlyDiscriminator
 from prism_pl.discriminator.dense import DenseDiscriminator
 from prism_pl.discriminator.interface import Discriminator, DiscriminatorFactory, RowScores, Scores
-from prism_pl.discriminator.scoring import evaluating, score, score_texts
+from prism_pl.discriminator.scoring import diagnostics_over_ranks, evaluating, score, score_texts
 from prism_pl.discriminator.sparse import SparseMoEDiscriminator, TextOnlySparseMoEDiscriminator
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "SparseMoEDiscriminator",
     "TextOnlyDiscriminator",
     "TextOnlySparseMoEDiscriminator",
+    "diagnostics_over_ranks",
     "evaluating",
     "score",
     "score_texts",

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,20 +36,24 @@ class Scores:
         by_expert: (B,) each; NaN where `valid_B` is False: mask before use.
         valid_B: True where a response has segments: well-formed, and none over the cap.
         aux_loss: to be added to the discriminator's loss as it stands; 0 where gradients are off.
-        diagnostics: scalars for the logs, among them `too_long/<expert>`, the share of well-formed responses
-            (demonstrations included) whose segment is over the cap.
+        diagnostics: scalars for the logs, of this rank, among them `too_long/<expert>`, the share of well-formed
+            responses (demonstrations included) whose segment is over the cap.
+        counts: of each diagnostic, how many sequences or responses it is a mean over.
+        sums: what `Discriminator.metrics` needs, of this rank, detached.
     """
 
     by_expert: dict[str, Tensor]
     valid_B: Tensor
     aux_loss: Tensor
     diagnostics: dict[str, Tensor]
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, index: Sequence[int]) -> "Scores":
         """The scores of the responses at `index`."""
         rows = torch.tensor(list(index), device=self.valid_B.device, dtype=torch.long)
         by_expert = {expert: values[rows] for expert, values in self.by_expert.items()}
-        return Scores(by_expert, self.valid_B[rows], self.aux_loss, self.diagnostics)
+        return replace(self, by_expert=by_expert, valid_B=self.valid_B[rows])
 
 
 class Discriminator(nn.Module):
@@ -88,7 +92,8 @@ class Discriminator(nn.Module):
         return torch.zeros((), device=next(self.parameters()).device)
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scalars for the logs from the same sums; of a router, see `prism_pl.discriminator.routing`."""
+        """Scalars for the logs from the same sums, added up over all ranks too; of a router, see
+        `prism_pl.discriminator.routing`."""
         return {}
 
 

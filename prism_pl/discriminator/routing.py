@@ -2,8 +2,8 @@
 
 A discriminator that is a mixture of experts counts, in each routed layer, how many of each segment's valid tokens went
 to each expert of the layer (a token that goes to two counts for both), adds the counts up over the passes of an update,
-and gives `routing_diagnostics` of them as its metrics. The stages log those as they stand, `align/router/...`, means
-over ranks:
+and gives `routing_diagnostics` of them as its metrics. The stages log those as they stand, `align/router/...`, of the
+counts of all ranks:
 
     router/load/mean/<expert>            share of the routings that went to the expert, mean over the layers
     router/load/<layer>/<expert>         the same of one layer, with `per_layer`

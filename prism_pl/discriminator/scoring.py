@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from prism_pl.aggregation import Metrics
 from prism_pl.batch import in_order, micro_batches
 from prism_pl.chat import Parsed, parse, segments
 from prism_pl.discriminator.interface import Discriminator, RowScores, Scores
 from prism_pl.processor import Prompt
 from prism_pl.segments import SegmentBatch, segment_batch
+from prism_pl.strategy.ranks import metrics_over_ranks, sums_over_ranks
 
 
 def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens: int | None = None) -> Scores:
@@ -47,9 +49,19 @@ def score(discriminator: Discriminator, batch: SegmentBatch, micro_batch_tokens:
         by_expert[expert] = torch.where(row_B >= 0, scores_B, torch.full_like(scores_B, torch.nan))
     sums = {name: torch.stack([part.sums[name] for part in parts]).sum(0) for name in parts[0].sums}
     aux_loss = discriminator.aux_loss(sums) if torch.is_grad_enabled() else scores_N.new_zeros(())
-    diagnostics = _means(parts) | {f"too_long/{expert}": value for expert, value in batch.too_long.items()}
-    diagnostics |= discriminator.metrics({name: value.detach() for name, value in sums.items()})
-    return Scores(by_expert, batch.valid_B, aux_loss, diagnostics)
+    means, too_long = _means(parts), {f"too_long/{expert}": share for expert, share in batch.too_long.items()}
+    num_scored = torch.tensor(sum(len(part.scores_N) for part in parts), device=scores_N.device)
+    counts = dict.fromkeys(means, num_scored) | dict.fromkeys(too_long, batch.num_well_formed)
+    detached = {name: value.detach() for name, value in sums.items()}
+    return Scores(by_expert, batch.valid_B, aux_loss, means | too_long, counts, detached)
+
+
+def diagnostics_over_ranks(discriminator: Discriminator, scores: Scores) -> Metrics:
+    """What the scoring of all ranks' responses tells for the logs, the same on each: the diagnostics, and the
+    discriminator's own metrics of sums over all ranks, with those over the sequences that a rank scores: of a group on
+    several ranks each scores the demonstration. A collective operation."""
+    told = metrics_over_ranks(scores.diagnostics, scores.counts)
+    return told | discriminator.metrics(sums_over_ranks(scores.sums))
 
 
 def _uncounted(part: RowScores) -> RowScores:

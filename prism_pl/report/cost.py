@@ -77,7 +77,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         "Times of phases are means over the logged batches times the number of batches. `other` is the rest of a "
         "stage's time: loading, validation, checkpoints, all of it where no phase was timed. `events` means the time "
         "from the first logged number to the last, without the start of the process; `ledger` the whole of it. "
-        "Tokens are those a rank handled.",
+        "Tokens are those of all ranks.",
         "",
     ]
     for run in runs:

@@ -5,7 +5,17 @@ from prism_pl.strategy.checks import check_strategy, check_trainer, prepare_stoc
 from prism_pl.strategy.engine_config import EngineOptions
 from prism_pl.strategy.multi_engine import MultiEngineDeepSpeedStrategy
 from prism_pl.strategy.players import building, check_gradients, step_network, training_only
-from prism_pl.strategy.ranks import global_max, global_min, global_sum, own_part, share, whole_groups, world_size
+from prism_pl.strategy.ranks import (
+    global_max,
+    global_min,
+    global_sum,
+    metrics_over_ranks,
+    own_part,
+    share,
+    sums_over_ranks,
+    whole_groups,
+    world_size,
+)
 from prism_pl.strategy.sharding import gathered, inside, is_sharded
 
 __all__ = [
@@ -21,10 +31,12 @@ __all__ = [
     "global_sum",
     "inside",
     "is_sharded",
+    "metrics_over_ranks",
     "own_part",
     "prepare_stock",
     "share",
     "step_network",
+    "sums_over_ranks",
     "training_only",
     "whole_groups",
     "world_size",

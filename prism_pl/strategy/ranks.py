@@ -1,6 +1,6 @@
 """Counts and groups over all ranks of a run. Where nothing is distributed there is one rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,48 @@ def _reduced(values: Tensor, op: torch.distributed.ReduceOp.RedOpType) -> Tensor
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(reduced, op=op)
     return reduced
+
+
+def metrics_over_ranks(metrics: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What all ranks' metrics are together, the same on each: of ranks what `aggregation.combine_metrics` is of
+    micro-batches, in one collective, and one more where there are extremes.
+
+    `num_*` add up, `*_min` and `*_max` are the extremes, all others means weighted by their counts: exact for means and
+    fractions; percentiles become an average of percentiles. A rank whose count is 0 is left out, whatever its value
+    (NaN); where all are, the metric is NaN, and so it is where a rank that counts has NaN.
+
+    Args:
+        metrics: scalars on the module's device, the same names in the same order on every rank.
+        counts: of each metric, what it is taken over on this rank.
+    """
+    if world_size() == 1 or not metrics:
+        return dict(metrics)
+    values_K = torch.stack([value.detach().double() for value in metrics.values()])
+    ones = torch.ones_like(values_K[0])
+    counts_K = torch.stack([ones if name.startswith("num_") else counts[name].double() for name in metrics])
+    signs_K = values_K.new_tensor([-1.0 if name.endswith("_min") else 1.0 for name in metrics])
+    filled_K = counts_K > 0
+    weighted_K = torch.where(filled_K, values_K * counts_K, torch.zeros_like(values_K))
+    totals_K, whole_K = global_sum(torch.stack([weighted_K, counts_K]))
+    means_K = extremes_K = totals_K / whole_K
+    if any(name.endswith(("_min", "_max")) for name in metrics):
+        largest_K = signs_K * global_max(torch.where(filled_K, signs_K * values_K, -torch.inf))
+        extremes_K = torch.where(means_K.isnan(), means_K, largest_K)  # which keeps NaN, as a maximum need not
+    reduced = {}
+    for k, (name, own) in enumerate(metrics.items()):
+        extreme = name.endswith(("_min", "_max"))
+        of = totals_K if name.startswith("num_") else extremes_K if extreme else means_K
+        reduced[name] = of[k].to(own.dtype)
+    return reduced
+
+
+def sums_over_ranks(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor summed over all ranks, all in one collective; the same names and shapes on every rank."""
+    if world_size() == 1 or not sums:
+        return dict(sums)
+    whole = global_sum(torch.cat([value.detach().double().flatten() for value in sums.values()]))
+    parts = whole.split([value.numel() for value in sums.values()])
+    return {n: part.view_as(v).to(v.dtype) for part, (n, v) in zip(parts, sums.items(), strict=True)}
 
 
 def whole_groups(values_PG: Tensor, num_ranks: int) -> Tensor:
