@@ -466,7 +466,7 @@ def test_ranks_agree_on_a_fresh_folder(folder, monkeypatch):
 )
 def test_a_fresh_folder_is_not_chosen_by_each_task_of_slurm(folder, monkeypatch, tasks, job, refused):
     # As srun sets them. In an interactive job Lightning starts the processes itself.
-    for name, value in {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": tasks, "SLURM_JOB_NAME": job}.items():
+    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": tasks, "SLURM_JOB_NAME": job}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("PRISM_RUN_FOLDER", raising=False)
