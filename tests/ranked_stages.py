@@ -220,6 +220,7 @@ def train(
     optimizer: str = "SGD",
     precision: str = "32-true",
     shared_group: bool = False,
+    ranks_per_group: int | None = None,
     sampled: Literal["transformers", "vllm"] | None = None,
     extra: dict[str, Any] | None = None,
     saved: bool = False,
@@ -239,6 +240,8 @@ def train(
     `built`.
 
     Args:
+        shared_group: one prompt a step, of all ranks; else two.
+        ranks_per_group: of two prompts, where it is more than one rank.
         options: of `MultiEngineDeepSpeedStrategy`.
         sampled: rollouts of the live policy by an engine in place of replayed ones.
         extra: of the module.
@@ -267,7 +270,7 @@ def train(
     share = size // num_ranks
     mine = [script[s * size + rank * share + i] for s in range(NUM_STEPS) for i in range(share)]
     engine = SAMPLERS[sampled]() if sampled else Replayed(mine)
-    ranks_per_group = num_ranks if shared_group else 1
+    ranks_per_group = ranks_per_group or (num_ranks if shared_group else 1)
     extra = (extra or {}) | ({"kl": KLPenalty(**kl)} if kl else {})
     policy = PolicySpec(POLICY, lora=LoraSpec(rank=4) if lora else None)
     judge: Any = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)

@@ -254,3 +254,10 @@ def test_an_engine_of_vllm_on_each_rank_gets_the_weights_that_engines_of_deepspe
         # Sampler against trainer, after the step's weights were sent.
         assert step["rollout/probe_difference"] < 1e-3
         assert step["grad_norm/policy" if "grad_norm/policy" in step else "align/grad_norm/policy"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "extra"), [("align", {}), ("rlvr", {"scale": "batch"})])
+def test_two_groups_on_two_ranks_each_are_those_of_one_process(told_of, module, extra):
+    told = told_of(4, stage=module, strategy=2, ranks_per_group=2, extra=extra)
+    assert_same_training(told, told_of(1, stage=module, extra=extra), **tolerances("SGD"))
