@@ -1,5 +1,5 @@
 """Four processes of which two share each group, so that there are groups of more than one set of ranks: their parts,
-their prompts and their statistics are those of one process."""
+their prompts and their statistics are those of one process. And one that reads weights for all four."""
 
 import multiprocessing
 from pathlib import Path
@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 from torch.multiprocessing.spawn import start_processes
 
 from datamodules.loading import train_loader
 from prism_pl.advantages import group_advantages
 from prism_pl.rollout_stage import check_same_prompts
-from prism_pl.strategy import own_part, whole_groups
+from prism_pl.strategy import MultiEngineDeepSpeedStrategy, own_part, whole_groups
 from tests.stubs import make_rlvr
 
 POLICY = str(Path(__file__).parent.parent / "assets/sft")
@@ -54,12 +56,37 @@ def refused(ids: list[str]) -> bool:
     return False
 
 
+class Players(LightningModule):
+    """One whose networks' weights are all `value`, and what it keeps beside them."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.policy, self.frozen = torch.nn.Linear(2, 3), torch.nn.Linear(1, 1)
+        self.register_buffer("count", torch.tensor(int(value)))
+        for weight in self.parameters():
+            torch.nn.init.constant_(weight, value)
+
+
+def loaded_from(file: str, rank: int) -> dict[str, Any]:
+    """A checkpoint of one file as a rank takes it for an evaluation: what it is given, and then has."""
+    strategy = MultiEngineDeepSpeedStrategy(parallel_devices=[torch.device("cpu")])
+    strategy._lightning_module = module = Players(rank)
+    module._trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.VALIDATING))  # type: ignore[assignment]
+    checkpoint = strategy.load_checkpoint(file)
+    given = sum(weight.numel() for weight in checkpoint["state_dict"].values() if not weight.is_meta)
+    # What every rank reads from its own place, as a module's `on_load_checkpoint` puts it back.
+    checkpoint["state_dict"].update({f"frozen.{name}": w for name, w in Players(7).frozen.state_dict().items()})
+    strategy.load_model_state_dict(checkpoint)
+    return {"given": given, "weights": module.state_dict(), "step": checkpoint["global_step"]}
+
+
 def _run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=NUM_RANKS)
     own_PG = part_of(rank, REWARDS_PG)
     whole_PG = whole_groups(own_PG, SHARING)
-    told = {
+    told: dict[str, Any] = {
+        "loaded": loaded_from(f"{folder}/last.ckpt", rank),
         "whole": whole_PG,
         "own": own_part(whole_PG, SHARING),
         "advantages": advantages_of(rank, own_PG),
@@ -70,13 +97,20 @@ def _run_rank(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-def test_groups_of_each_pair_of_four_ranks_are_those_of_one_process(tmp_path):
+@pytest.fixture(scope="module")
+def told_by_rank(tmp_path_factory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("four")
+    weights = {name: value for name, value in Players(9).state_dict().items() if not name.startswith("frozen.")}
+    torch.save({"state_dict": weights, "optimizer_states": [torch.ones(5)], "global_step": 4}, folder / "last.ckpt")
     multiprocessing.set_forkserver_preload([__name__])
-    start_processes(_run_rank, args=(str(tmp_path),), nprocs=NUM_RANKS, start_method="forkserver")
+    start_processes(_run_rank, args=(str(folder),), nprocs=NUM_RANKS, start_method="forkserver")
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(NUM_RANKS)]
+
+
+def test_groups_of_each_pair_of_four_ranks_are_those_of_one_process(told_by_rank):
     advantages_PG, _ = group_advantages(REWARDS_PG, "batch")
     one = rows_of(1, 0, 1, batch_size=4)
-    for rank in range(NUM_RANKS):
-        told = torch.load(tmp_path / f"rank{rank}.pt")
+    for rank, told in enumerate(told_by_rank):
         pair = rank // SHARING
         assert torch.equal(told["whole"], REWARDS_PG[2 * pair : 2 * pair + 2])
         assert torch.equal(told["own"], part_of(rank, REWARDS_PG))
@@ -84,3 +118,14 @@ def test_groups_of_each_pair_of_four_ranks_are_those_of_one_process(tmp_path):
         assert told["rows"] == [step[pair::2] for step in one]
         # Pairs have prompts of their own; in the second call only those of the last two ranks differ from each other.
         assert told["refused"] == [False, pair == 1]
+
+
+def test_the_weights_of_a_checkpoint_are_in_one_ranks_memory_and_come_to_all(told_by_rank):
+    expected = Players(9).state_dict() | {f"frozen.{name}": w for name, w in Players(7).frozen.state_dict().items()}
+    for rank, told in enumerate(told_by_rank):
+        loaded = told["loaded"]
+        assert loaded["given"] == (10 if rank == 0 else 0)
+        assert loaded["step"] == 4
+        assert loaded["weights"].keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(loaded["weights"][name], value), name
