@@ -6,8 +6,10 @@ others, and a step in which all of one rank's rollouts are malformed.
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,6 +177,30 @@ class StopAfter(Callback):
         trainer.should_stop = batch_idx + 1 == self.num_steps
 
 
+class Reduced(Callback):
+    """How many numbers this process gave to reductions over ranks in each step."""
+
+    def __init__(self) -> None:
+        self.steps = [0]
+        for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter"):
+            setattr(torch.distributed, name, self._counted(getattr(torch.distributed, name)))
+
+    def _counted(self, reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **options: Any) -> Any:
+            given = signature(reduce).bind(*args, **options).arguments
+            tensors = given.get("input_list") or [given["input"] if "input" in given else given["tensor"]]
+            self.steps[-1] += sum(tensor.numel() for tensor in tensors)
+            return reduce(*args, **options)
+
+        return counting
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.steps[-1] = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append(0)
+
+
 class Keep(Callback):
     """The whole weights of the trained networks, once training is done."""
 
@@ -237,7 +263,7 @@ def train(
     stop_after: int | None = None,
 ) -> None:
     """Train a stage, and leave `told.pt`: what each step logged, the weights at the end, and under engines what was
-    `built`.
+    `built`; how many numbers each step `reduced` over ranks.
 
     Args:
         shared_group: one prompt a step, of all ranks; else two.
@@ -277,7 +303,7 @@ def train(
     if whole:
         judge = Whole
     module, names = STAGES[stage](policy, judge, engine, OPTIMIZERS[optimizer], ranks_per_group, extra)
-    record, keep = Record(), Keep(*names)
+    record, keep, reduced = Record(), Keep(*names), Reduced()
     events: list[Callback] = [StopAfter(stop_after)] if stop_after else []
     events += [KillAt(*kill)] if kill else []
     events += [Poison(*poison)] if poison else []
@@ -290,7 +316,7 @@ def train(
         precision=precision,  # type: ignore[arg-type]
         max_steps=NUM_STEPS,
         gradient_clip_val=0.5 if module.automatic_optimization else None,
-        callbacks=[record, keep, *([LastCheckpoint(1)] if saved else []), *events],
+        callbacks=[record, keep, reduced, *([LastCheckpoint(1)] if saved else []), *events],
         logger=False,
         enable_checkpointing=saved,
         enable_progress_bar=False,
@@ -308,7 +334,7 @@ def train(
     module.export(folder / "export")
     if rank == 0:
         steps = [{key: value for key, value in step.items() if "time/" not in key} for step in record.steps]
-        told = {"steps": steps, "weights": keep.weights, "built": BUILT}
+        told = {"steps": steps, "weights": keep.weights, "built": BUILT, "reduced": reduced.steps[:-1]}
         torch.save(told, folder / "told.pt")
 
 

@@ -261,3 +261,16 @@ def test_an_engine_of_vllm_on_each_rank_gets_the_weights_that_engines_of_deepspe
 def test_two_groups_on_two_ranks_each_are_those_of_one_process(told_of, module, extra):
     told = told_of(4, stage=module, strategy=2, ranks_per_group=2, extra=extra)
     assert_same_training(told, told_of(1, stage=module, extra=extra), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(0, "32-true"), (1, "32-true"), (1, "bf16-mixed"), (2, "32-true")])
+def test_below_stage_2_each_gradient_is_reduced_once_a_step(told_of, stage, precision):
+    """However many micro-batches there are. A rank that keeps a part of the gradients has to reduce those of each."""
+    told = told_of(2, strategy=stage, precision=precision)
+    num_weights = sum(whole for _, whole in told["built"].values())
+    for reduced in told["reduced"]:
+        if stage < 2:
+            assert num_weights <= reduced < 1.01 * num_weights
+        else:
+            assert reduced > 1.2 * num_weights
