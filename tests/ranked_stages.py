@@ -261,6 +261,9 @@ def train(
     lora: bool = False,
     kl: dict[str, Any] | None = None,
     stop_after: int | None = None,
+    dropout: float = 0.0,
+    seed: int = 1,
+    batch_sizes: list[int] | None = None,
 ) -> None:
     """Train a stage, and leave `told.pt`: what each step logged, the weights at the end, and under engines what was
     `built`; how many numbers each step `reduced` over ranks.
@@ -281,6 +284,9 @@ def train(
         lora: train adapters of the policy.
         kl: `KLPenalty`.
         stop_after: so many steps of a run that was meant to be longer.
+        dropout: of the discriminator that is not `sparse` or `whole`.
+        seed: of the run; a checkpoint's goes over it.
+        batch_sizes: of each rank, where they are not as they should be.
         ckpt: a checkpoint to go on from; `last` the newest in the folder.
         weights_only: as `--weights-only-resume`.
     """
@@ -299,7 +305,7 @@ def train(
     ranks_per_group = ranks_per_group or (num_ranks if shared_group else 1)
     extra = (extra or {}) | ({"kl": KLPenalty(**kl)} if kl else {})
     policy = PolicySpec(POLICY, lora=LoraSpec(rank=4) if lora else None)
-    judge: Any = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
+    judge: Any = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=dropout)
     if whole:
         judge = Whole
     module, names = STAGES[stage](policy, judge, engine, OPTIMIZERS[optimizer], ranks_per_group, extra)
@@ -307,7 +313,7 @@ def train(
     events: list[Callback] = [StopAfter(stop_after)] if stop_after else []
     events += [KillAt(*kill)] if kill else []
     events += [Poison(*poison)] if poison else []
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     trainer = L.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
@@ -330,7 +336,8 @@ def train(
     if weights_only:
         take_networks_only(trainer)
     ckpt = str(LastCheckpoints(folder).to_go_on_from()) if ckpt == "last" else ckpt
-    trainer.fit(module, Steps(per_step, per_step // (num_ranks // ranks_per_group)), ckpt_path=ckpt, weights_only=True)
+    batch_size = batch_sizes[rank] if batch_sizes else per_step // (num_ranks // ranks_per_group)
+    trainer.fit(module, Steps(per_step, batch_size), ckpt_path=ckpt, weights_only=True)
     module.export(folder / "export")
     if rank == 0:
         steps = [{key: value for key, value in step.items() if "time/" not in key} for step in record.steps]
