@@ -64,6 +64,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, told_of, tmp_path, st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_masters_of_bf16_weights_and_their_moments_are_cut_anew(ranks, told_of, tmp_path, stage):
+    options = {"strategy": stage, "precision": "bf16-mixed", "sparse": True, **ADAM}
+    ranks(tmp_path, 2, saved=True, stop_after=2, **options)
+    last, expected = str(tmp_path / "checkpoints" / "last.ckpt"), told_of(2, **options)["weights"]
+
+    def distance(folder: str, **how) -> float:
+        told = ranks(tmp_path / folder, 1, ckpt=last, **options, **how)
+        return sum(float((told["weights"][name] - w).abs().mean()) for name, w in expected.items()) / len(expected)
+
+    assert distance("on") < 1e-5 < distance("moments-lost", weights_only=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2)])
 def test_a_run_goes_on_at_another_stage(ranks, told_of, tmp_path, before, after):
     ranks(tmp_path, 2, strategy=before, saved=True, stop_after=2, **ADAM)
