@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -88,7 +89,7 @@ def default_folder(command: str, names: Sequence[str], checkpoint: str | None = 
 
 def fresh_folder(folder: Path) -> Path:
     """`folder` where it is new or empty, else the first free of `folder-2`, `folder-3`, ...; ranks agree on it."""
-    if "LOCAL_RANK" in os.environ:
+    if _started_beside_others():
         if FOLDER_VARIABLE not in os.environ:
             raise UsageError(
                 "--fresh cannot choose a folder in processes that were started from outside (torchrun, SLURM): they "
@@ -98,6 +99,11 @@ def fresh_folder(folder: Path) -> Path:
     chosen = free_folder(folder, LOCK)
     os.environ[FOLDER_VARIABLE] = str(chosen)
     return chosen
+
+
+def _started_beside_others() -> bool:
+    """Whether Lightning, torchrun or srun has started this process as one of several."""
+    return "LOCAL_RANK" in os.environ or (SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@ others, and a step in which all of one rank's rollouts are malformed.
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,6 +177,30 @@ class StopAfter(Callback):
         trainer.should_stop = batch_idx + 1 == self.num_steps
 
 
+class Reduced(Callback):
+    """How many numbers this process gave to reductions over ranks in each step."""
+
+    def __init__(self) -> None:
+        self.steps = [0]
+        for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter"):
+            setattr(torch.distributed, name, self._counted(getattr(torch.distributed, name)))
+
+    def _counted(self, reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **options: Any) -> Any:
+            given = signature(reduce).bind(*args, **options).arguments
+            tensors = given.get("input_list") or [given["input"] if "input" in given else given["tensor"]]
+            self.steps[-1] += sum(tensor.numel() for tensor in tensors)
+            return reduce(*args, **options)
+
+        return counting
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.steps[-1] = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append(0)
+
+
 class Keep(Callback):
     """The whole weights of the trained networks, once training is done."""
 
@@ -220,6 +246,7 @@ def train(
     optimizer: str = "SGD",
     precision: str = "32-true",
     shared_group: bool = False,
+    ranks_per_group: int | None = None,
     sampled: Literal["transformers", "vllm"] | None = None,
     extra: dict[str, Any] | None = None,
     saved: bool = False,
@@ -234,11 +261,16 @@ def train(
     lora: bool = False,
     kl: dict[str, Any] | None = None,
     stop_after: int | None = None,
+    dropout: float = 0.0,
+    seed: int = 1,
+    batch_sizes: list[int] | None = None,
 ) -> None:
     """Train a stage, and leave `told.pt`: what each step logged, the weights at the end, and under engines what was
-    `built`.
+    `built`; how many numbers each step `reduced` over ranks.
 
     Args:
+        shared_group: one prompt a step, of all ranks; else two.
+        ranks_per_group: of two prompts, where it is more than one rank.
         options: of `MultiEngineDeepSpeedStrategy`.
         sampled: rollouts of the live policy by an engine in place of replayed ones.
         extra: of the module.
@@ -252,6 +284,9 @@ def train(
         lora: train adapters of the policy.
         kl: `KLPenalty`.
         stop_after: so many steps of a run that was meant to be longer.
+        dropout: of the discriminator that is not `sparse` or `whole`.
+        seed: of the run; a checkpoint's goes over it.
+        batch_sizes: of each rank, where they are not as they should be.
         ckpt: a checkpoint to go on from; `last` the newest in the folder.
         weights_only: as `--weights-only-resume`.
     """
@@ -267,18 +302,18 @@ def train(
     share = size // num_ranks
     mine = [script[s * size + rank * share + i] for s in range(NUM_STEPS) for i in range(share)]
     engine = SAMPLERS[sampled]() if sampled else Replayed(mine)
-    ranks_per_group = num_ranks if shared_group else 1
+    ranks_per_group = ranks_per_group or (num_ranks if shared_group else 1)
     extra = (extra or {}) | ({"kl": KLPenalty(**kl)} if kl else {})
     policy = PolicySpec(POLICY, lora=LoraSpec(rank=4) if lora else None)
-    judge: Any = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=0.0)
+    judge: Any = Sparse if sparse else partial(DedicatedMoEDiscriminator, DISCRIMINATOR, dropout=dropout)
     if whole:
         judge = Whole
     module, names = STAGES[stage](policy, judge, engine, OPTIMIZERS[optimizer], ranks_per_group, extra)
-    record, keep = Record(), Keep(*names)
+    record, keep, reduced = Record(), Keep(*names), Reduced()
     events: list[Callback] = [StopAfter(stop_after)] if stop_after else []
     events += [KillAt(*kill)] if kill else []
     events += [Poison(*poison)] if poison else []
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     trainer = L.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
@@ -287,7 +322,7 @@ def train(
         precision=precision,  # type: ignore[arg-type]
         max_steps=NUM_STEPS,
         gradient_clip_val=0.5 if module.automatic_optimization else None,
-        callbacks=[record, keep, *([LastCheckpoint(1)] if saved else []), *events],
+        callbacks=[record, keep, reduced, *([LastCheckpoint(1)] if saved else []), *events],
         logger=False,
         enable_checkpointing=saved,
         enable_progress_bar=False,
@@ -301,11 +336,12 @@ def train(
     if weights_only:
         take_networks_only(trainer)
     ckpt = str(LastCheckpoints(folder).to_go_on_from()) if ckpt == "last" else ckpt
-    trainer.fit(module, Steps(per_step, per_step // (num_ranks // ranks_per_group)), ckpt_path=ckpt, weights_only=True)
+    batch_size = batch_sizes[rank] if batch_sizes else per_step // (num_ranks // ranks_per_group)
+    trainer.fit(module, Steps(per_step, batch_size), ckpt_path=ckpt, weights_only=True)
     module.export(folder / "export")
     if rank == 0:
         steps = [{key: value for key, value in step.items() if "time/" not in key} for step in record.steps]
-        told = {"steps": steps, "weights": keep.weights, "built": BUILT}
+        told = {"steps": steps, "weights": keep.weights, "built": BUILT, "reduced": reduced.steps[:-1]}
         torch.save(told, folder / "told.pt")
 
 

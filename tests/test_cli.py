@@ -461,5 +461,21 @@ def test_ranks_agree_on_a_fresh_folder(folder, monkeypatch):
         fresh_folder(Path("runs/x"))
 
 
+@pytest.mark.parametrize(
+    ("tasks", "job", "refused"), [("2", "prism", True), ("1", "prism", False), ("2", "interactive", False)]
+)
+def test_a_fresh_folder_is_not_chosen_by_each_task_of_slurm(folder, monkeypatch, tasks, job, refused):
+    # As srun sets them. In an interactive job Lightning starts the processes itself.
+    for name, value in {"SLURM_PROCID": "1", "SLURM_NTASKS": tasks, "SLURM_JOB_NAME": job}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("PRISM_RUN_FOLDER", raising=False)
+    if refused:
+        with pytest.raises(ValueError, match="--fresh cannot choose"):
+            fresh_folder(Path("runs/x"))
+    else:
+        assert fresh_folder(Path("runs/x")) == Path("runs/x")
+
+
 def test_shipped_root_holds_the_checkout():
     assert shipped_root() == ROOT

@@ -261,3 +261,30 @@ def test_an_engine_of_vllm_on_each_rank_gets_the_weights_that_engines_of_deepspe
         # Sampler against trainer, after the step's weights were sent.
         assert step["rollout/probe_difference"] < 1e-3
         assert step["grad_norm/policy" if "grad_norm/policy" in step else "align/grad_norm/policy"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "extra"), [("align", {}), ("rlvr", {"scale": "batch"})])
+def test_two_groups_on_two_ranks_each_are_those_of_one_process(told_of, module, extra):
+    told = told_of(4, stage=module, strategy=2, ranks_per_group=2, extra=extra)
+    assert_same_training(told, told_of(1, stage=module, extra=extra), **tolerances("SGD"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(0, "32-true"), (1, "32-true"), (1, "bf16-mixed"), (2, "32-true")])
+def test_below_stage_2_each_gradient_is_reduced_once_a_step(told_of, stage, precision):
+    """However many micro-batches there are. A rank that keeps a part of the gradients has to reduce those of each."""
+    told = told_of(2, strategy=stage, precision=precision)
+    num_weights = sum(whole for _, whole in told["built"].values())
+    times = [reduced / num_weights for reduced in told["reduced"]]
+    if stage < 2:
+        assert all(1 <= each < 1.01 for each in times)
+    else:
+        assert max(times) > 1.2
+
+
+@pytest.mark.slow
+def test_a_rank_with_a_row_fewer_stops_all_with_one_line(ranks, tmp_path):
+    codes, screen = ranks.codes(tmp_path, 2, strategy=2, batch_sizes=[2, 1])
+    assert codes == [1, 1]
+    assert screen.count("ValueError: the processes of the run have batches of 1 to 2 rows in one step") == 2

@@ -154,12 +154,37 @@ def test_a_kill_while_shards_are_cut_anew_leaves_nothing_after_the_next_start(tm
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_shards_that_deepspeed_cannot_put_together_are_refused_with_the_way_out(tmp_path, monkeypatch):
-    def refused(*_: Any, **__: Any) -> None:
-        raise ValueError("bf16_zero_pp_rank_0 is not a zero checkpoint")
+@pytest.mark.parametrize("precision", ["", "bf16_"])
+def test_stage_1_shards_are_put_together_to_the_float32_master_weights(tmp_path, precision):
+    """A weight may lie on several ranks, and a partition end with padding; of what is not trained there is no master,
+    and of one that has two names one."""
+    fragment_address = pytest.importorskip("deepspeed.utils.tensor_fragment").fragment_address
+    shards = tmp_path / "policy" / "shards"
+    shards.mkdir(parents=True)
+    (tmp_path / "manifest.json").write_text(json.dumps({"ranks": 2, "stages": {"policy": 1}}))
+    torch.save({"state_dict": {"own": torch.ones(1)}}, tmp_path / "rank-0.ckpt")
+    masters = {"a": torch.randn(2, 3), "b": torch.randn(1)}
+    module = {name: weight.bfloat16() for name, weight in masters.items()} | {
+        "tied": masters["a"].bfloat16(),
+        "frozen": torch.tensor([0.5]).bfloat16(),
+        "counts": torch.tensor([3]),
+    }
+    torch.save({"module": module, "shared_params": {"tied": "a"}}, shards / "mp_rank_00_model_states.pt")
+    flat = masters["a"].flatten()
+    parts = [flat[:4], torch.cat([flat[4:], masters["b"], torch.zeros(1)])]
+    places = [{"a": fragment_address(4, 0)}, {"a": fragment_address(2, 0), "b": fragment_address(1, 2)}]
+    for rank in range(2):
+        state = {"param_slice_mappings": [places[rank]], "single_partition_of_fp32_groups": [parts[rank]]}
+        file = shards / f"{precision}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": state}, file)
 
-    monkeypatch.setattr("deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint", refused)
-    (tmp_path / "manifest.json").write_text(json.dumps({"stages": {"policy": 1}}))
-    torch.save({"state_dict": {}}, tmp_path / "rank-0.ckpt")
-    with pytest.raises(ValueError, match=r"shards of policy .*stage 1 in bf16 .*stage 2 has no such limit"):
+    read = folder_checkpoint.consolidated(tmp_path)["state_dict"]
+    expected = {f"policy.{name}": weight for name, weight in (module | masters | {"tied": masters["a"]}).items()}
+    assert read.keys() == expected.keys() | {"own"}
+    for name, weight in expected.items():
+        assert torch.equal(read[name], weight.float() if weight.is_floating_point() else weight), name
+        assert read[name].dtype != torch.bfloat16
+
+    file.unlink()  # of the second rank
+    with pytest.raises(FileNotFoundError, match="no part of rank 1: the checkpoint is not whole"):
         folder_checkpoint.consolidated(tmp_path)

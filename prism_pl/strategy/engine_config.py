@@ -35,7 +35,8 @@ class EngineOptions:
 
     Attributes:
         stage: of ZeRO. 0 keeps everything on every rank, 1 shards the optimiser's state, 2 also the gradients, 3 also
-            the weights.
+            the weights. At 0 and 1 gradients are reduced over ranks once a step; at 2 and 3, where a rank keeps its
+            part of them alone, in each micro-batch's backward pass.
         offload_optimizer: keep the optimiser's state in the CPU's memory, and step there.
         offload_params: at stage 3, keep the shards of the weights in the CPU's memory.
         precision: `bf16` computes in bf16 and steps on float32 master weights; `32` is float32 throughout.

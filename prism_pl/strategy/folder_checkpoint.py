@@ -28,6 +28,7 @@ from prism_pl.checkpoint_files import (
     whole_file,
 )
 from prism_pl.errors import UsageError
+from prism_pl.strategy import stage_1_shards
 from prism_pl.strategy.engines import save_shards
 from prism_pl.strategy.other_ranks import convert, forget_held_back
 from prism_pl.strategy.ranks import gathered_values
@@ -166,26 +167,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def consolidated(path: Path) -> dict[str, Any]:
     """Lightning's state of the first rank, with the engines' whole weights in `state_dict`: float32, in the CPU's
     memory. Needs no process group."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     manifest = read_manifest(path)
     state = torch.load(path / _rank_file(0), map_location="cpu", weights_only=True)
     with only_tensors():
         for name, stage in manifest["stages"].items():
-            if stage == 0:
-                file = path / name / TAG / "mp_rank_00_model_states.pt"
-                weights = torch.load(file, map_location="cpu", weights_only=True)["module"]
-            else:
-                try:
-                    weights = get_fp32_state_dict_from_zero_checkpoint(str(path / name), tag=TAG)
-                except ValueError as error:  # DeepSpeed cannot put together what it saves in bf16 at stage 1
-                    raise ValueError(
-                        f"the shards of {name} in {path} cannot be put together ({error}): stage {stage} in bf16 goes "
-                        "on under the same strategy alone, with the same number of ranks; stage 2 has no such limit"
-                    ) from error
-                assert weights is not None
+            weights = _whole(path / name, stage, manifest["ranks"])
             state["state_dict"] |= {f"{name}.{key}": weight for key, weight in weights.items()}
     return state
+
+
+def _whole(folder: Path, stage: int, num_ranks: int) -> Mapping[str, Any]:
+    """The whole weights of an engine's folder."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if stage == 0:
+        return torch.load(folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
+    if stage == 1:
+        return stage_1_shards.merged(folder / TAG, num_ranks)
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    assert weights is not None
+    return weights
 
 
 def _shown(stages: Mapping[str, int | None]) -> str:

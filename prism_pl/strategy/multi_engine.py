@@ -28,7 +28,7 @@ from prism_pl.strategy.engine_config import EngineOptions, check_names, engine_c
 from prism_pl.strategy.folder_checkpoint import FolderCheckpoint
 from prism_pl.strategy.parking import Parking
 from prism_pl.strategy.sharding import load_whole_state
-from prism_pl.strategy.weights_only import NetworksOnly
+from prism_pl.strategy.weights_only import NetworksOnly, networks_on_first_rank
 
 
 class MultiEngineDeepSpeedStrategy(DDPStrategy):
@@ -78,6 +78,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         self._max_norms: dict[str, float | None] = {}
         self._norms: dict[str, Tensor] = {}
         self._ids: list[str] = []
+        self._first_has_weights = False  # of the checkpoint that was read last
 
     def setup_environment(self) -> None:
         making.import_deepspeed(self.root_device)
@@ -226,16 +227,19 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Lightning's part of a checkpoint folder; the networks' shards follow in `setup`, when there are engines.
-        Outside of training, and where only the networks are wanted, all weights are in it."""
+        Outside of training, and where only the networks are wanted, all weights are in it, on the first rank."""
         path = Path(checkpoint_path)
         if isinstance(self.checkpoint_io, NetworksOnly) or not self._is_fitting:
-            return NetworksOnly(self.checkpoint_io).load_checkpoint(path)
+            self._first_has_weights = True
+            return networks_on_first_rank(path)
+        self._first_has_weights = False
         return self.saved.load(path)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Before there are engines; what lies in their shards is not in it."""
         assert self.lightning_module is not None
-        load_whole_state(self.lightning_module, checkpoint["state_dict"])
+        sent_on = self.root_device if self._first_has_weights else None
+        load_whole_state(self.lightning_module, checkpoint["state_dict"], sent_on=sent_on)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """The engines have loaded theirs."""

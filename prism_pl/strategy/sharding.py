@@ -90,19 +90,26 @@ def gathered_state(state: Mapping[str, Tensor], dtype: torch.dtype, bucket: int 
 
 
 @torch.no_grad()
-def load_whole_state(module: nn.Module, state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
+def load_whole_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    names: Iterable[str] | None = None,
+    sent_on: torch.device | None = None,
+) -> None:
     """Load whole weights into a module, sharded or not. Every rank comes here with the same names; of sharded weights
     the first rank's values go to all.
 
     Args:
         names: what to load; None: all that is in `state`.
+        sent_on: the first rank's values go to all of the other weights too, one at a time by way of this device. Other
+            ranks' tensors need the dtypes and shapes alone. None: each rank has them.
     """
     wanted = set(state if names is None else names)
     for name, target in module.state_dict(keep_vars=True).items():
         if name not in wanted:
             continue
         if not is_sharded(target):
-            target.copy_(state[name])
+            target.copy_(state[name] if sent_on is None else _of_first_rank(state[name], sent_on))
             continue
         import deepspeed
 
@@ -111,6 +118,14 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Tensor], names: Iter
                 target.copy_(state[name])
             if target.dtype == torch.bfloat16:
                 _keep_exact_part(target, state.get(name))
+
+
+def _of_first_rank(value: Tensor, device: torch.device) -> Tensor:
+    sent = torch.empty(value.shape, dtype=value.dtype, device=device)
+    if is_first_rank():
+        sent.copy_(value)
+    torch.distributed.broadcast(sent, 0)
+    return sent
 
 
 EXACT = "prism_exact_part"  # on a sharded parameter: this rank's part of what it was loaded with, float32
