@@ -183,6 +183,14 @@ def test_ranks_that_route_to_other_experts_train_what_one_process_trains(told_of
         assert_built_sharded(told, ["policy", "discriminator"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_mixture_trains_sharded_on_a_single_rank(told_of, optimizer):
+    """Its sequences are several pieces, so that each expert is called more than once within a backward pass."""
+    told = told_of(1, strategy=3, sparse=True, optimizer=optimizer)
+    assert_same_training(told, told_of(1, sparse=True, optimizer=optimizer), **tolerances(optimizer))
+
+
 def test_an_expert_may_have_no_token_on_one_rank(told_of):
     """DeepSpeed compares the calls of all modules over ranks at stage 3: an expert's activation is called by the ranks
     that have tokens for it."""

@@ -145,27 +145,32 @@ def hold_frozen(network: nn.Module, config: dict[str, Any]) -> None:
 
 def _prepare(network: nn.Module, config: dict[str, Any]) -> None:
     """At stage 3: what was made outside of transformers takes the precision of the rest, which DeepSpeed expects of a
-    network that it finds sharded, and a mixture's experts become DeepSpeed's leaf modules."""
+    network that it finds sharded, and a mixture's activations are taken out of its sight."""
     if config["zero_optimization"]["stage"] != 3:
         return
     if has_lora(network):
         raise ValueError("ZeRO-3 with policy.lora is not supported: adapters are small, set stage 2, or lora: null")
-    _mark_experts(network)
+    _hide_activations(network)
     if config["bf16"]["enabled"]:
         for parameter in network.parameters():
             if not is_sharded(parameter):
                 parameter.data = parameter.data.bfloat16()
 
 
-def _mark_experts(network: nn.Module) -> None:
+def _hide_activations(network: nn.Module) -> None:
     """Experts are stacked in the weights of one module and are gathered around its call, by all ranks alike. But the
     module inside it, the activation, is called once for each expert that has a token, and DeepSpeed wants the same
-    calls on every rank: it has to look at the outer one alone."""
-    from deepspeed.utils import set_z3_leaf_module
+    calls on every rank: it is called by its method, as no module of the network.
 
+    DeepSpeed's leaf modules would leave it alone too, but they take a second call within a backward pass, as of
+    sequences in several pieces, for a mistake where both calls' gradients lie in one bucket.
+    """
     for module in network.modules():
-        if any(len(whole_shape(parameter)) == 3 for parameter in module.parameters(recurse=False)):
-            set_z3_leaf_module(module, True)
+        stacked = any(len(whole_shape(parameter)) == 3 for parameter in module.parameters(recurse=False))
+        for name, inner in list(module.named_children()) if stacked else ():
+            if not list(inner.parameters()):
+                delattr(module, name)
+                setattr(module, name, inner.forward)
 
 
 def _place() -> Namespace:
