@@ -175,6 +175,12 @@ class Measured:
         return int(self.told["case"].split(":")[1])
 
     @property
+    def setting(self) -> dict[str, Any]:
+        """What has to be equal where cases are compared: all but the time that they were given."""
+        work = {name: value for name, value in self.told["settings"].items() if name != "timeout"}
+        return work | {key: self.told[key] for key in ("card", "versions")}
+
+    @property
     def step(self) -> float:
         """Seconds from the end of a step to that of the next."""
         times = self.curves["align/tokens"].times
@@ -193,8 +199,7 @@ def scalings(cases: Sequence[Measured]) -> list[str]:
     for many in cases:
         overlay, num, *options = many.told["case"].split(":")
         for one in cases:
-            alike = all(one.told[key] == many.told[key] for key in ("settings", "card", "versions"))
-            if one.told["case"].split(":") == [overlay, "1", *options] and num != "1" and alike:
+            if one.told["case"].split(":") == [overlay, "1", *options] and num != "1" and one.setting == many.setting:
                 lines.append(f"* {many.told['case']} over {one.told['case']}: {int(num) * one.step / many.step:.2f} x")
     return lines
 

@@ -79,8 +79,8 @@ def write_case(folder, case, step, **settings):
 
 def test_the_table_has_the_wall_clock_between_steps_and_the_scaling_of_equal_settings(tmp_path):
     parked = alignment.PARKED
-    write_case(tmp_path, f"zero2:1:{parked}", 10.0, prompts=4)
-    write_case(tmp_path, f"zero2:2:{parked}", 12.5, prompts=4)
+    write_case(tmp_path, f"zero2:1:{parked}", 10.0, prompts=4, timeout=290)
+    write_case(tmp_path, f"zero2:2:{parked}", 12.5, prompts=4, timeout=430)
     write_case(tmp_path, "zero2:2", 5.0, prompts=4)
     write_case(tmp_path, "zero3:1", 5.0, prompts=2)
     write_case(tmp_path, "zero3:2", 5.0, prompts=4)
