@@ -210,6 +210,7 @@ class PrismCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         files = config.get("config") or []
         names = [stage_of(Path(str(file.absolute))) for file in files]
+        self.stage = names[0] if names else ""
         if self.subcommand == "fit" and str(config.trainer.precision) in HALF_WEIGHTS:
             raise UsageError(
                 f"trainer.precision is {config.trainer.precision}: steps of a small learning rate round to nothing on "
@@ -257,7 +258,7 @@ class PrismCLI(LightningCLI):
         self._say_what_is_lost()
         gone = f"{folder / LAST} is gone. " if self.resume_from.name == PREVIOUS else ""
         if not changes and was_finished(folder) and (self.resumed.step or 0) >= config.trainer.max_steps > 0:
-            say_finished(folder, self.resumed.step, already=True)
+            say_finished(folder, self.resumed.step, already=True, beside=self.stage)
             sys.exit()  # before anything is loaded
         rank_zero_info(f"{gone}Going on from {self.resume_from}{self.resumed} (--fresh starts anew).{changed}")
 
@@ -331,7 +332,7 @@ class PrismCLI(LightningCLI):
             ) from error
         if subcommand == "fit":
             already = self.resume_from is not None and not self._trained()
-            say_finished(Path(self.trainer.default_root_dir), self.trainer.global_step, already)
+            say_finished(Path(self.trainer.default_root_dir), self.trainer.global_step, already, self.stage)
 
     def _trained(self) -> bool:
         """Whether fit took a step; a run at its max_steps returns before training starts."""

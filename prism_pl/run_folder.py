@@ -33,6 +33,7 @@ from prism_pl.checkpoint_files import LAST, whole_file
 from prism_pl.errors import UsageError
 from prism_pl.folders import free_folder
 from prism_pl.requested import Complete, requested
+from prism_pl.shipped import shipped_configs
 
 # Lightning starts the processes of further ranks with the same command line and environment: they take the folder the
 # first one chose.
@@ -154,8 +155,13 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def say_finished(folder: Path, step: int | None, already: bool) -> None:
-    """Tell the end of a fit and what comes next."""
+def say_finished(folder: Path, step: int | None, already: bool, beside: str = "") -> None:
+    """Tell the end of a fit and what comes next, with the configuration of that name.
+
+    Args:
+        beside: the name of the run's own configuration (`shipped.stage_of`). The next stage's is looked for in its
+            folder first: after `qwen3vl-4b/sft` comes `qwen3vl-4b/evaluate.yaml`.
+    """
     told = "was finished already" if already else "is finished"
     further = " More steps: --trainer.max_steps; a new run: --fresh." if already else ""
     rank_zero_info(f"{folder} {told}, at step {step}.{further}")
@@ -165,12 +171,18 @@ def say_finished(folder: Path, step: int | None, already: bool) -> None:
         # The policy whose rollouts it learned to tell apart; without it align.yaml's own would play.
         policy = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["policy"]["path"]
         next_command = (
-            f"python -m prism_pl fit --config align.yaml --model.policy.path {policy} "
+            f"python -m prism_pl fit --config {_shipped_beside(beside, 'align.yaml')} --model.policy.path {policy} "
             f"--model.discriminator.path {export}; "
         )
     elif (export / "config.json").exists():
-        next_command = f"python -m prism_pl test --config evaluate.yaml --model.policy.path {export}; "
+        config = _shipped_beside(beside, "evaluate.yaml")
+        next_command = f"python -m prism_pl test --config {config} --model.policy.path {export}; "
     rank_zero_info(f"Next: {next_command}tensorboard --logdir {folder}")
+
+
+def _shipped_beside(stage: str, name: str) -> str:
+    own = str(Path(stage).parent / name)
+    return own if own in shipped_configs() else name
 
 
 def nameless_write_error(error: OSError) -> bool:

@@ -339,3 +339,20 @@ def test_after_a_warm_start_comes_alignment_of_the_policy_that_it_was_made_for(t
     with caplog.at_level("INFO"):
         say_finished(tmp_path, 12, already=False)
     assert "--config align.yaml --model.policy.path runs/sft/export --model.discriminator.path" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "config"),
+    [
+        ("qwen3vl-4b/sft", "qwen3vl-4b/evaluate.yaml"),
+        ("digits/rlvr_dapo", "evaluate.yaml"),  # there is none beside it
+        ("rlvr", "evaluate.yaml"),
+        ("", "evaluate.yaml"),
+    ],
+)
+def test_what_comes_next_is_named_by_the_configurations_of_the_same_size(tmp_path, caplog, stage, config):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    with caplog.at_level("INFO"):
+        say_finished(tmp_path, 12, already=False, beside=stage)
+    assert f"Next: python -m prism_pl test --config {config} --model.policy.path {tmp_path}/export;" in caplog.text
