@@ -189,7 +189,9 @@ class FilesDataModule(L.LightningDataModule):
 
     def row_recipe(self) -> dict[str, Any]:
         """What the training rows are made of: what is measured on them fits no others."""
-        return {"rows": self._rows["train"].fingerprint(), "system_prompt": self.reading.system_prompt or SYSTEM_PROMPT}
+        kept = {"keep_system": True} if self.reading.keep_system else {}
+        prompt = self.reading.system_prompt or SYSTEM_PROMPT
+        return {"rows": self._rows["train"].fingerprint(), "system_prompt": prompt, **kept}
 
     def selection(self) -> dict[str, Any]:
         """Which of the rows are trained on."""

@@ -167,6 +167,8 @@ def test_pass_rates_fit_the_rows_they_were_measured_on_alone(folder):
     assert json.loads((folder / "run" / "kept_ids.json").read_text())["ids"] == ["rows-1", "rows-3"]
     with pytest.raises(ValueError, match=r"measured on other data.*system_prompt: .* -> Look\."):
         opened(PromptsDataModule("rows.parquet", pass_rates="pass_rates.jsonl", system_prompt="Look."))
+    with pytest.raises(ValueError, match=r"measured on other data.*keep_system: .absent. -> True"):
+        opened(PromptsDataModule("rows.parquet", pass_rates="pass_rates.jsonl", keep_system=True))
     write_parquet(folder / "rows.parquet", [prompt(number) for number in (3, 2, 1, 0)])
     with pytest.raises(ValueError, match=r"measured on other data.*rows: "):
         opened(PromptsDataModule("rows.parquet", pass_rates="pass_rates.jsonl"))
