@@ -22,6 +22,12 @@ FLAT = Sampling(temperature=2.0, max_tokens=24)
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
 
 
+def shared_files() -> list[str]:
+    """What this process has mapped to talk to other ranks, as Linux shows it: a file that is gone says "(deleted)"."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted({line[line.index("/dev/shm/prism_pl-") :] for line in lines if "/dev/shm/prism_pl-" in line})
+
+
 def work(rank: int, folder: str) -> None:
     """Both arrangements in turn on one rank; writes down what it drew."""
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -51,6 +57,7 @@ def work(rank: int, folder: str) -> None:
             "prompts": [r.prompt_ids == processor.prompt(mine[0]).ids for r in greedy],
             "group": engine.tensor_group.number,
             "difference": engine.metrics()["rollout/probe_difference"],
+            "shared": shared_files(),
         }
         engine.close()
     try:
@@ -88,6 +95,13 @@ def test_a_tensor_parallel_engine_gives_each_rank_its_own_rows(told):
         assert each["alone"]["difference"] < 1e-4
         assert each["together"]["greedy"] == each["alone"]["greedy"]
     assert told[0]["together"]["flat"] != told[1]["together"]["flat"]
+
+
+def test_a_killed_run_leaves_no_shared_memory_because_it_is_gone_from_the_start(told):
+    alone, together = ([each[name]["shared"] for each in told] for name in ("alone", "together"))
+    assert alone == [[], []]
+    assert together[0] == together[1]  # one name for both ranks, and a file of each
+    assert [file.split("_")[-1] for file in together[0]] == ["0 (deleted)", "1 (deleted)"]
 
 
 def test_engines_that_would_repeat_each_other_and_uneven_groups_are_refused(told):
