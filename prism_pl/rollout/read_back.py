@@ -1,4 +1,4 @@
-"""What an engine holds after a sync, read back from its own layers and compared with the trainer's weights, bit for bit.
+"""What an engine holds after a sync, read back from its own layers and compared with the trainer's weights, exactly.
 
 In bf16 rounding hides a whole run of small steps from the probe's log-probabilities: whether weights arrived at all is
 seen in the weights alone.
@@ -17,8 +17,9 @@ from prism_pl.rollout import vllm_compat
 from prism_pl.rollout.bucket import Bucket, Named, cut
 from prism_pl.strategy.sharding import gathered
 
-COLUMNS = 16  # of each weight, another sixteen at each sync
-MOST_UNITS = 128  # a sync, beside embeddings and head; a network of 4B parameters has some 600
+COLUMNS = 16  # of each weight, others at each sync
+MOST_UNITS = 32  # a sync, beside embeddings and head: all of a network of 4B parameters, some 600, in 20 syncs
+GOLDEN = (math.sqrt(5) - 1) / 2  # steps of this size come near every column soon, taken in any regular turn
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Unit:
 
     def columns(self, turn: int) -> range:
         """Those to be compared in this turn."""
-        start = COLUMNS * (turn % math.ceil(self.num_columns / COLUMNS))
+        start = COLUMNS * int(turn * GOLDEN % 1 * math.ceil(self.num_columns / COLUMNS))
         return range(start, min(start + COLUMNS, self.num_columns))
 
 
@@ -68,12 +69,13 @@ class ReadBack:
             self._find_units(model)
         units = [*self.always, *self._in_turn()]
         dtype = next(model.parameters()).dtype
-        bands = {unit.name: unit.columns(self.turn) for unit in units}
+        bands = {unit.name: (unit.columns(self.turn), unit.num_columns) for unit in units}
         with vllm_compat.own_arithmetic("cpu" if on_cpu else "cuda"):
             held = vllm_compat.held_columns(model, bands, on_cpu)
         ours = self._trainers(policy, units, dtype)
         self.turn += 1
-        # Of tensor parallelism's shards nothing is compared: they have other shapes.
+        # What tensor parallelism shards is not compared: a shard has fewer columns, which `held_columns` left out, or
+        # fewer rows. What every rank holds is: norms, most of the biases, the vision tower's positions and patches.
         pairs = [(name, ours[name], rows) for name, rows in held.items() if rows.shape == ours[name].shape]
         _compare(pairs, dtype)
 
@@ -126,6 +128,6 @@ def _compare(pairs: Sequence[tuple[str, Tensor, Tensor]], dtype: torch.dtype) ->
         if differs.any():
             raise ValueError(
                 f"rollout contract: after a sync the engine's {name!r} is not the trainer's: {int(differs.sum())} of "
-                f"{differs.numel()} values read back are others. The weights did not arrive, or vLLM samples from other "
+                f"{differs.numel()} values read back are others. The weights did not arrive, or vLLM samples from "
                 "weights that it packed or kept before"
             )

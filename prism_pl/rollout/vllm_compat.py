@@ -164,28 +164,33 @@ def place_of(model: Any, name: str) -> tuple[str, int] | None:
     return mapped, 0
 
 
-def held_columns(model: Any, columns: Mapping[str, range], on_cpu: bool) -> dict[str, Tensor]:
-    """Columns of a model's parameters, by vLLM's names: what is not a matrix is made one, first dimension as it is.
+def held_columns(model: Any, bands: Mapping[str, tuple[range, int]], on_cpu: bool) -> dict[str, Tensor]:
+    """Columns of a model's parameters, by vLLM's names. What is not a matrix is made one, first dimension as it is.
 
     On a CPU linear layers are packed, and may keep a weight beside it that they do not compute with: so they are asked
     what they make of unit vectors. A one times a weight, and zeros added, is that very weight in any dtype.
+
+    Args:
+        bands: which columns, and of how many; where this rank holds another number of them, it is left out.
     """
     from vllm.model_executor.layers.linear import LinearBase
 
     held: dict[str, Tensor] = {}
-    for name, band in columns.items():
+    for name, (band, num_columns) in bands.items():
         owner, _, leaf = name.rpartition(".")
         layer = model.get_submodule(owner)
         weight = getattr(layer, leaf)
         head = owner.endswith("lm_head")
         if on_cpu and leaf == "weight" and (head or isinstance(layer, LinearBase)):
-            size = layer.embedding_dim if head else layer.input_size_per_partition
-            units = torch.zeros(len(band), size, dtype=weight.dtype)
-            if band.stop <= size:  # else it is a shard
-                units[range(len(band)), band] = 1
+            if num_columns != (layer.embedding_dim if head else layer.input_size_per_partition):
+                continue
+            units = torch.zeros(len(band), num_columns, dtype=weight.dtype)
+            units[range(len(band)), band] = 1
             held[name] = layer.quant_method.apply(layer, units, bias=None).T
         else:
             table = weight.flatten(1) if weight.dim() > 1 else weight[:, None]
+            if table.shape[1] != num_columns:
+                continue
             held[name] = table[:, band.start : band.stop]
         if head or owner.endswith("embed_tokens"):
             held[name] = held[name][: layer.org_vocab_size]  # behind it is padding
