@@ -52,6 +52,7 @@ def work(rank: int, folder: str) -> None:
             "group": engine.tensor_group.number,
             "difference": engine.metrics()["rollout/probe_difference"],
         }
+        told[name]["stale"] = unsent(engine, policy)
         engine.close()
     try:
         VLLMEngine().start(policy, processor, rank=0)
@@ -63,6 +64,19 @@ def work(rank: int, folder: str) -> None:
         told["uneven"] = str(error)
     torch.save(told, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
+
+
+def unsent(engine: VLLMEngine, policy) -> str:
+    """What a sync says that sends nothing of a small step."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1e-5)
+    engine.sender.send = lambda *_: None
+    try:
+        engine.sync(policy.named_parameters())
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +102,13 @@ def test_a_tensor_parallel_engine_gives_each_rank_its_own_rows(told):
         assert each["alone"]["difference"] < 1e-4
         assert each["together"]["greedy"] == each["alone"]["greedy"]
     assert told[0]["together"]["flat"] != told[1]["together"]["flat"]
+
+
+def test_weights_that_did_not_arrive_are_found_in_shards_too(told):
+    for each in told:
+        assert "engine's 'language_model.model.embed_tokens.weight' is not the trainer's" in each["alone"]["stale"]
+        assert "is not the trainer's" in each["together"]["stale"]
+        assert "embed_tokens" not in each["together"]["stale"]  # half of them are on the other rank
 
 
 def test_engines_that_would_repeat_each_other_and_uneven_groups_are_refused(told):

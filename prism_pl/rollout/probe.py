@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
 
 from prism_pl.batch import Example
 from prism_pl.logprobs import token_logps
@@ -56,9 +57,15 @@ class Probe:
         batch = move_data_to_device(batch, policy.get_input_embeddings().weight.device)
         with inference(policy):
             logps_BT = token_logps(policy, batch, banned_ids=processor.banned_ids).logps_BT
-        differences = (sampler_logps_BT.to(logps_BT) - logps_BT).abs()
+        self.judge((sampler_logps_BT.to(logps_BT) - logps_BT).abs(), batch.input_ids_BS.device.type)
+
+    def judge(self, differences: Tensor, device: str) -> None:
+        """ValueError where the differences of the probe's tokens, in nats, are more than rounding.
+
+        Args:
+            device: the trainer's, "cpu" or "cuda".
+        """
         self.difference, mean = float(differences.max()), float(differences.mean())
-        device = batch.input_ids_BS.device.type
         if not self._coarse(device):
             tolerance = 1e-3 if device == "cpu" else 2e-2  # a GPU's float32 may be TF32
             self._demand(self.difference, tolerance, "")
