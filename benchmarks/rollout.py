@@ -155,12 +155,13 @@ def print_sync_and_sleep(engine: VLLMEngine, before_start: float) -> None:
         return 1e3 * statistics.median(seconds(call)[0] for _ in range(5))
 
     sends = median_ms(lambda: engine.sender.send(llm, named(), engine.on_cpu))
+    reads = median_ms(lambda: engine.read_back.check(llm, engine.policy, engine.on_cpu))
     resets = median_ms(lambda: (engine._forget_prompts(), engine._forget_images()))
     with as_trained(engine.on_cpu):
         probes = median_ms(lambda: engine.probe.check(engine._generate, engine.policy, engine.processor))
     print(
-        f"weight sync, median of 5: weights and checksums {sends:.1f} ms, cache resets {resets:.1f} ms; "
-        f"the probe after it {probes:.0f} ms"
+        f"weight sync, median of 5: weights and checksums {sends:.1f} ms, read back {reads:.1f} ms, "
+        f"cache resets {resets:.1f} ms; the probe after it {probes:.0f} ms"
     )
     print(f"probe difference: {engine.metrics()['rollout/probe_difference']:.4f}")
     if engine.on_cpu:

@@ -2,7 +2,7 @@
 weights under their Hugging Face names."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -98,11 +98,15 @@ def save_adapters(policy: Any, base: str, folder: Path) -> None:
 
 
 @torch.no_grad()
-def whole_parameters(policy: Any) -> Iterator[tuple[str, Tensor]]:
+def whole_parameters(policy: Any, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """A policy's parameters under their Hugging Face names, adapters merged into the weights they belong to. A merged
-    weight is made when it is asked for."""
+    weight is made when it is asked for.
+
+    Args:
+        names: which; None: all.
+    """
     for name, parameter in policy.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or (names is not None and name.replace(".base_layer.", ".") not in names):
             continue
         owner, base, leaf = name.rpartition(".base_layer.")
         if not base:

@@ -19,7 +19,9 @@ from prism_pl.rollout.contract import (
     check_received,
     draw_prints,
 )
+from prism_pl.rollout.probe import Probe
 from prism_pl.rollout.vllm_sync import WeightSender, checked, packed, unpacked
+from tests.conftest import make_examples
 
 IMAGE = 9
 
@@ -180,3 +182,32 @@ def test_repeated_draws_stop_a_flat_run_and_are_counted_in_a_sharp_one():
     assert check_rank_draws([drawn(one, -11.0), drawn(one, -11.0)], groups=[0, 0]) == 0  # one engine
     with pytest.raises(ValueError, match=r"engines 0 and 1 drew the same response, of log-probability -33.0"):
         check_rank_draws([drawn(one, -11.0), drawn(other, -11.0)], groups=[0, 1])
+
+
+def probed(dtype, *checks) -> Probe:
+    probe = Probe(dtype)
+    probe.remember(make_examples(1))
+    for differences in checks:
+        probe.judge(torch.tensor(differences), "cpu")
+    return probe
+
+
+def test_a_probe_in_bf16_bounds_the_mean_by_the_runs_own_noise():
+    lucky, worst = [0.001, 0.0005, 0.001, 0.0], [0.02, 0.1, 0.08, 0.05]  # prompts of one policy differ as much
+    probe = probed(torch.bfloat16, lucky, worst, [0.3, 0.01, 0.02, 0.01])
+    with pytest.raises(ValueError, match=r"are 0\.16 on the average from .* \(rounding explains 0\.15\)"):
+        probe.judge(torch.full((4,), 0.16), "cpu")
+    noisy = probed(torch.bfloat16, [0.05] * 4, [0.19] * 4)
+    assert probed(torch.bfloat16, [0.2] * 4).mean_bound == 0.25
+    for probe in (probed(torch.bfloat16), noisy):
+        with pytest.raises(ValueError, match=r"are 0\.26 on the average"):
+            probe.judge(torch.full((4,), 0.26), "cpu")
+    with pytest.raises(ValueError, match=r"are 0\.55 from .* \(rounding explains 0\.5\)"):
+        probed(torch.bfloat16, [0.55, 0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="are nan from"):
+        probed(torch.bfloat16, [float("nan")])
+
+
+def test_a_probe_in_float32_bounds_every_token():
+    with pytest.raises(ValueError, match=r"are 0\.002 from .* \(rounding explains 0\.001\)"):
+        probed(torch.float32, [0.0005, 0.0], [0.002, 0.0])

@@ -59,6 +59,7 @@ def work(rank: int, folder: str) -> None:
             "difference": engine.metrics()["rollout/probe_difference"],
             "shared": shared_files(),
         }
+        told[name]["stale"] = unsent(engine, policy)
         engine.close()
     try:
         VLLMEngine().start(policy, processor, rank=0)
@@ -70,6 +71,19 @@ def work(rank: int, folder: str) -> None:
         told["uneven"] = str(error)
     torch.save(told, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
+
+
+def unsent(engine: VLLMEngine, policy) -> str:
+    """What a sync says that sends nothing of a small step."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1e-5)
+    engine.sender.send = lambda *_: None
+    try:
+        engine.sync(policy.named_parameters())
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +116,13 @@ def test_a_killed_run_leaves_no_shared_memory_because_it_is_gone_from_the_start(
     assert alone == [[], []]
     assert together[0] == together[1]  # one name for both ranks, and a file of each
     assert [file.split("_")[-1] for file in together[0]] == ["0 (deleted)", "1 (deleted)"]
+
+
+def test_weights_that_did_not_arrive_are_found_in_shards_too(told):
+    for each in told:
+        assert "engine's 'language_model.model.embed_tokens.weight' is not the trainer's" in each["alone"]["stale"]
+        assert "is not the trainer's" in each["together"]["stale"]
+        assert "embed_tokens" not in each["together"]["stale"]  # half of them are on the other rank
 
 
 def test_engines_that_would_repeat_each_other_and_uneven_groups_are_refused(told):

@@ -6,7 +6,7 @@ vLLM's CPU build has no distribution of the name `vllm`: the version is read fro
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,59 @@ def load_weights(worker: Any, stream: Iterable[tuple[str, Tensor]], on_cpu: bool
     head = model.language_model.lm_head
     head.quant_method.process_weights_after_loading(head)
     return loaded
+
+
+def model_of(worker: Any) -> Any:
+    """A worker's model."""
+    return worker.get_model()
+
+
+def place_of(model: Any, name: str) -> tuple[str, int] | None:
+    """Where vLLM keeps what has this Hugging Face name: its own name for it, and the place in what it is fused with.
+    None where it keeps no such parameter."""
+    mapped = model.hf_to_vllm_mapper._map_name(name)  # by this name in all versions
+    if mapped is None:
+        return None
+    owner, _, leaf = mapped.rpartition(".")
+    layer, _, last = owner.rpartition(".")
+    for fused, parts in model.packed_modules_mapping.items():
+        if last in parts:
+            owner = f"{layer}.{fused}"
+            return f"{owner}.{leaf}", parts.index(last)
+    return mapped, 0
+
+
+def held_columns(model: Any, bands: Mapping[str, tuple[range, int]], on_cpu: bool) -> dict[str, Tensor]:
+    """Columns of a model's parameters, by vLLM's names. What is not a matrix is made one, first dimension as it is.
+
+    On a CPU linear layers are packed, and may keep a weight beside it that they do not compute with: so they are asked
+    what they make of unit vectors. A one times a weight, and zeros added, is that very weight in any dtype.
+
+    Args:
+        bands: which columns, and of how many; where this rank holds another number of them, it is left out.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+
+    held: dict[str, Tensor] = {}
+    for name, (band, num_columns) in bands.items():
+        owner, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        weight = getattr(layer, leaf)
+        head = owner.endswith("lm_head")
+        if on_cpu and leaf == "weight" and (head or isinstance(layer, LinearBase)):
+            if num_columns != (layer.embedding_dim if head else layer.input_size_per_partition):
+                continue
+            units = torch.zeros(len(band), num_columns, dtype=weight.dtype)
+            units[range(len(band)), band] = 1
+            held[name] = layer.quant_method.apply(layer, units, bias=None).T
+        else:
+            table = weight.flatten(1) if weight.dim() > 1 else weight[:, None]
+            if table.shape[1] != num_columns:
+                continue
+            held[name] = table[:, band.start : band.stop]
+        if head or owner.endswith("embed_tokens"):
+            held[name] = held[name][: layer.org_vocab_size]  # behind it is padding
+    return held
 
 
 @contextmanager

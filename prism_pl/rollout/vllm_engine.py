@@ -25,6 +25,7 @@ from prism_pl.rollout.draws import Draws
 from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 from prism_pl.rollout.probe import Probe
 from prism_pl.rollout.ranks import RankCheck, TensorGroup
+from prism_pl.rollout.read_back import ReadBack
 from prism_pl.rollout.vllm_launch import Dtype, Launched, LaunchOptions
 from prism_pl.rollout.vllm_limits import check_fits, check_images, check_temperature
 from prism_pl.rollout.vllm_sync import WeightSender
@@ -88,6 +89,7 @@ class VLLMEngine:
         self.draws = Draws(rank // size)
         self.ranks = RankCheck(self.draws, size)
         self.sender = WeightSender(policy)
+        self.read_back = ReadBack(self.sender.expected, policy.config.tie_word_embeddings)
         self.launched = Launched(policy, processor, self.options, partial(self.sender.fill, policy))
         self.stale = True
         self.probe = Probe(self.launched.dtype)
@@ -240,6 +242,7 @@ class VLLMEngine:
         except Exception as error:
             self.dead = f"a weight sync broke off and left it between two policies ({error})"
             raise
+        self.read_back.check(llm, self.policy, self.on_cpu)
         if self.asleep:
             self._wake("kv_cache")
             self.asleep = False
