@@ -1,6 +1,7 @@
 """What vLLM holds after a sync, in bf16, where rounding hides small steps from the log-probabilities."""
 
 import math
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -121,3 +122,13 @@ def test_weights_that_are_not_numbers_are_left_to_the_check_that_names_the_rows(
     read_back._compare([("a", ours, torch.tensor([[1.0, 5.0], [float("nan"), 3.0]]))], torch.float32)
     with pytest.raises(ValueError, match=r"'a' is not the trainer's: 1 of 4"):
         read_back._compare([("a", ours, torch.tensor([[1.0, 5.0], [float("nan"), 4.0]]))], torch.float32)
+
+
+def test_a_vllm_whose_layers_are_others_is_said_once_and_ends_no_run(policy):
+    asked = []
+    other = SimpleNamespace(collective_rpc=lambda ask: asked.append(ask) or [torch.nn.Linear(1, 1)])
+    check = read_back.ReadBack({"model.norm.weight": (8,)}, tied=True)
+    with pytest.warns(UserWarning, match=r"weights cannot be read back after a sync \(.*hf_to_vllm_mapper"):
+        check.check(other, policy, on_cpu=True)
+    check.check(other, policy, on_cpu=True)
+    assert len(asked) == 1

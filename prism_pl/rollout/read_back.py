@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from prism_pl.lora import whole_parameters
@@ -58,26 +59,40 @@ class ReadBack:
     def __init__(self, expected: Mapping[str, tuple[int, ...]], tied: bool, max_bytes: int = 1 << 30) -> None:
         self.shapes, self.tied, self.max_bytes = expected, tied, max_bytes
         self.turn = 0
+        self.unreadable = False
         self.always: list[Unit] = []
         self.others: list[Unit] = []
 
     @torch.no_grad()
     def check(self, llm: Any, policy: Any, on_cpu: bool) -> None:
         """ValueError where a parameter of the engine is not the trainer's, cast to the engine's dtype."""
+        if self.unreadable:
+            return
         (model,) = llm.collective_rpc(vllm_compat.model_of)
-        if not self.always:
-            self._find_units(model)
-        units = [*self.always, *self._in_turn()]
+        try:
+            units, held = self._held(model, on_cpu)
+        except (AttributeError, KeyError) as error:  # layers are named otherwise: no reason to end a run
+            self.unreadable = True
+            rank_zero_warn(
+                f"This vLLM's weights cannot be read back after a sync ({error}): the probe alone checks them."
+            )
+            return
         dtype = next(model.parameters()).dtype
-        bands = {unit.name: (unit.columns(self.turn), unit.num_columns) for unit in units}
-        with vllm_compat.own_arithmetic("cpu" if on_cpu else "cuda"):
-            held = vllm_compat.held_columns(model, bands, on_cpu)
         ours = self._trainers(policy, units, dtype)
         self.turn += 1
         # What tensor parallelism shards is not compared: a shard has fewer columns, which `held_columns` left out, or
         # fewer rows. What every rank holds is: norms, most of the biases, the vision tower's positions and patches.
         pairs = [(name, ours[name], rows) for name, rows in held.items() if rows.shape == ours[name].shape]
         _compare(pairs, dtype)
+
+    def _held(self, model: Any, on_cpu: bool) -> tuple[list[Unit], dict[str, Tensor]]:
+        """What is compared in this turn, and the engine's columns of it by name."""
+        if not self.always:
+            self._find_units(model)
+        units = [*self.always, *self._in_turn()]
+        bands = {unit.name: (unit.columns(self.turn), unit.num_columns) for unit in units}
+        with vllm_compat.own_arithmetic("cpu" if on_cpu else "cuda"):
+            return units, vllm_compat.held_columns(model, bands, on_cpu)
 
     def _find_units(self, model: Any) -> None:
         parts: dict[str, dict[int, str]] = {}
