@@ -150,8 +150,8 @@ def check_rank_seeds(seeds: Sequence[tuple[int, int]], groups: Sequence[int]) ->
 
 
 def check_group_draws(prints: Sequence[int]) -> None:
-    """ValueError where ranks that share an engine by tensor parallelism drew different tokens. Each then decoded its own
-    responses with the others' partial sums, and the log-probabilities are of no model.
+    """ValueError where ranks that share an engine by tensor parallelism drew different tokens: each then decoded its
+    own responses with the others' partial sums, and the log-probabilities are of no model.
 
     Args:
         prints: of each of these ranks, a checksum of all that it drew.
