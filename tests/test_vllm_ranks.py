@@ -48,6 +48,12 @@ def forced(engine: VLLMEngine, policy, example, rank: int) -> str:
     return ""
 
 
+def shared_files() -> list[str]:
+    """What this process has mapped to talk to other ranks, as Linux shows it: a file that is gone says "(deleted)"."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted({line[line.index("/dev/shm/prism_pl-") :] for line in lines if "/dev/shm/prism_pl-" in line})
+
+
 def work(rank: int, folder: str) -> None:
     """Both arrangements in turn on one rank; writes down what it drew."""
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -89,6 +95,7 @@ def work(rank: int, folder: str) -> None:
             "drawn": drawn,
             "few": len(few),
             "forced": forced(engine, policy, examples[0], rank),
+            "shared": shared_files(),
         }
         engine.close()
     try:
@@ -144,6 +151,13 @@ def test_generators_in_step_between_engines_or_out_of_step_within_one_stop_the_r
     for each in told:
         assert "the engines 0 and 1 drew the same response" in each["alone"]["forced"]
         assert "the ranks of one tensor-parallel engine drew different responses" in each["together"]["forced"]
+
+
+def test_a_killed_run_leaves_no_shared_memory_because_it_is_gone_from_the_start(told):
+    alone, together = ([each[name]["shared"] for each in told] for name in ("alone", "together"))
+    assert alone == [[], []]
+    assert together[0] == together[1]  # one name for both ranks, and a file of each
+    assert [file.split("_")[-1] for file in together[0]] == ["0 (deleted)", "1 (deleted)"]
 
 
 def test_engines_that_would_repeat_each_other_and_uneven_groups_are_refused(told):

@@ -5,6 +5,7 @@ vLLM's CPU build has no distribution of the name `vllm`: the version is read fro
 
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -105,6 +106,43 @@ def process_state() -> Iterator[None]:
             torch.set_num_threads(num_threads)
             torch.set_float32_matmul_precision(matmul)
             gc.unfreeze()
+
+
+@contextmanager
+def own_shared_memory(on_cpu: bool) -> Iterator[None]:
+    """Start an engine whose ranks, where they talk through shared memory, have files of a name of its own, which are
+    gone from /dev/shm once every rank has opened them.
+
+    vLLM goes by the launcher's address, which is the same for all that torchrun or Lightning started, and leaves the
+    files to a destructor: a run that was killed could not start again, and two on one machine would meet in them.
+    """
+    if not on_cpu:
+        yield
+        return
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    shared = getattr(cpu_communicator, "_CPUSHMDistributed", None)
+    if shared is None:
+        yield
+        return
+    open_files = shared._init_cpu_shm
+
+    def open_own_files(self: Any) -> Any:
+        first, group = self.communicator.ranks[0], self.communicator.cpu_group
+        name = [f"prism_pl-{secrets.token_hex(8)}"]
+        torch.distributed.broadcast_object_list(name, src=first, group=group)
+        self.group_name = f"/{name[0]}"
+        handle = open_files(self)  # ends with a barrier: what one rank unlinks then, all have mapped
+        if torch.distributed.get_rank() == first:
+            for file in Path("/dev/shm").glob(f"{name[0]}_*"):
+                file.unlink()
+        return handle
+
+    shared._init_cpu_shm = open_own_files
+    try:
+        yield
+    finally:
+        shared._init_cpu_shm = open_files
 
 
 def register_loader(load: Callable[[Any], None]) -> str:

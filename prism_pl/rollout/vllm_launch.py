@@ -58,8 +58,13 @@ class Launched:
         folder = blank_folder(partial(write_blank, policy, processor), vllm_compat.cache_folder())
         vllm_compat.keep_process_groups()
         _join_group(device)
-        own = vllm_compat.own_arithmetic(device.type)
-        with vllm_compat.process_state(), vllm_compat.eager(self.on_cpu), _rank_in_environment(device), own:
+        with (
+            vllm_compat.process_state(),
+            vllm_compat.eager(self.on_cpu),
+            vllm_compat.own_arithmetic(device.type),
+            vllm_compat.own_shared_memory(self.on_cpu),
+            _rank_in_environment(device),
+        ):
             try:
                 self.llm = vllm.LLM(
                     model=str(folder),
