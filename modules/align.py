@@ -40,6 +40,7 @@ from prism_pl.rollout_stage import (
     check_max_norms,
     check_ranks_per_group,
     check_same_prompts,
+    check_sampler,
     forget_logged,
     held_out_parts,
     held_out_rollouts,
@@ -422,6 +423,7 @@ class AdversarialAlignModule(LightningModule):
         self.log_dict(logged, batch_size=1, sync_dist=True)
         of_tokens = {n: told[n] for n in told if n in ("entropy", "kl") or n.startswith("mismatch_")}
         measured = metrics_over_ranks(of_tokens, dict.fromkeys(of_tokens, told["num_tokens"]))
+        check_sampler(measured, self.mismatch, self.rollout, self.policy)
         measured |= diagnostics_over_ranks(self.discriminator, scores)
         self.log_dict({f"align/{name}": value for name, value in measured.items()}, batch_size=1)
         self.log("align/tokens", float(sequences.num_tokens), batch_size=1, sync_dist=True, reduce_fx="sum")

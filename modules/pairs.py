@@ -20,7 +20,7 @@ from prism_pl.pass_rates import measured_with
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import demonstration
 from prism_pl.rollout.engine import RolloutEngine, Sampling, generate_batch
-from prism_pl.rollout_stage import check_counts
+from prism_pl.rollout_stage import check_counts, missing_batches
 from prism_pl.row_needs import RowNeeds, with_engine
 
 PAIRS = "pairs.jsonl"
@@ -48,6 +48,7 @@ class PairModule(LightningModule):
         self.row_needs = with_engine(RowNeeds(demonstration=True), engine, sampling)
         self.policy: Any = None
         self._done: set[str] = set()
+        self._missing = range(0)
 
     def collator(self, examples: Sequence[Example]) -> list[Example]:
         """The rows as they are: the engine encodes them. ValueError for a row without a well-formed demonstration."""
@@ -72,10 +73,11 @@ class PairModule(LightningModule):
         self.trainer.strategy.barrier("journals read")
         self._journal = Journal(folder / JOURNALS.format(rank=self.global_rank), self._settings())
         self.engine.start(self.policy, self.processor, rank=self.global_rank)
+        self._missing = missing_batches(self.trainer, self.device)
 
     def predict_step(self, batch: list[Example], batch_idx: int) -> list[str]:
         new = [example for example in batch if example.id not in self._done]
-        groups = generate_batch(self.engine, new, self.num_samples, self.sampling, batch_idx) if new else []
+        groups = generate_batch(self.engine, new, self.num_samples, self.sampling, batch_idx)
         for example, group in zip(new, groups, strict=True):
             self._done.add(example.id)
             self._journal.append(self._entry(example, [rollout.text for rollout in group]))
@@ -99,6 +101,8 @@ class PairModule(LightningModule):
         }
 
     def on_predict_epoch_end(self) -> None:
+        for batch_idx in self._missing:
+            generate_batch(self.engine, [], self.num_samples, self.sampling, batch_idx)
         self.trainer.strategy.barrier("rows done")
         if not self.trainer.is_global_zero:
             return

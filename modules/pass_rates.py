@@ -18,7 +18,7 @@ from prism_pl.pass_rates import PASS_RATES, PassRate, measured_with
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rewards import AccuracyFormatReward, Reward
 from prism_pl.rollout.engine import RolloutEngine, Sampling, generate_batch
-from prism_pl.rollout_stage import check_counts
+from prism_pl.rollout_stage import check_counts, missing_batches
 from prism_pl.row_needs import RowNeeds, with_engine
 
 
@@ -56,6 +56,7 @@ class PassRateModule(LightningModule):
         self.row_needs = with_engine(RowNeeds(answers=True), engine, sampling)
         self.policy: Any = None
         self.pass_rates: list[PassRate] = []
+        self._missing = range(0)
 
     def collator(self, examples: Sequence[Example]) -> list[Example]:
         """The rows as they are: the engine encodes them."""
@@ -73,6 +74,7 @@ class PassRateModule(LightningModule):
     def on_predict_start(self) -> None:
         self.pass_rates = []
         self.engine.start(self.policy, self.processor, rank=self.global_rank)
+        self._missing = missing_batches(self.trainer, self.device)
 
     def predict_step(self, batch: list[Example], batch_idx: int) -> list[PassRate]:
         groups = generate_batch(self.engine, batch, self.num_samples, self.sampling, batch_idx)
@@ -98,6 +100,8 @@ class PassRateModule(LightningModule):
         )
 
     def on_predict_epoch_end(self) -> None:
+        for batch_idx in self._missing:
+            generate_batch(self.engine, [], self.num_samples, self.sampling, batch_idx)
         self.pass_rates = gathered(self.pass_rates, "training")
         if not self.trainer.is_global_zero:
             return

@@ -37,6 +37,7 @@ from prism_pl.rollout_stage import (
     check_overlong,
     check_ranks_per_group,
     check_same_prompts,
+    check_sampler,
     forget_logged,
     held_out_parts,
     held_out_rollouts,
@@ -275,6 +276,7 @@ class RLVRModule(LightningModule):
         self.log("rlvr/policy_loss", torch.stack(losses).mean(), batch_size=1, sync_dist=True)
         measured = combine_metrics(parts)
         measured = metrics_over_ranks(measured, dict.fromkeys(measured, measured["num_tokens"]))
+        check_sampler(measured, self.mismatch, self.rollout, self.policy)
         del measured["num_tokens"]
         self.log_dict({f"rlvr/{name}": value for name, value in measured.items()}, batch_size=1)
         self.log("rlvr/lr", self.optimizers().param_groups[0]["lr"], batch_size=1)  # type: ignore[union-attr]

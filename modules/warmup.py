@@ -28,9 +28,9 @@ from prism_pl.losses import soft_clip
 from prism_pl.optim import Schedule, build_optimizer, check_finite, lr_scheduler
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.prompts import PromptBatch, PromptCollator, check_demonstration_lengths, demonstration
-from prism_pl.rollout.engine import RolloutEngine, Sampling
+from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling
 from prism_pl.row_needs import RowNeeds, with_discriminator, with_engine
-from prism_pl.strategy import building, check_gradients, check_trainer, metrics_over_ranks
+from prism_pl.strategy import building, check_gradients, check_trainer, global_max, metrics_over_ranks
 
 
 class DiscriminatorModule(LightningModule):
@@ -239,12 +239,20 @@ class DiscriminatorModule(LightningModule):
                 f"row {unpaired[0].id!r} has no rejected response, and model.init_args.rollout is null: name the "
                 "engine that samples one, or give pairs (datamodules.PairsDataModule)"
             )
-        rollouts = self.rollout.generate(unpaired, self.num_rollouts, sampling) if unpaired and self.rollout else []
+        rollouts = self._sampled(unpaired, sampling) if self.rollout is not None else []
         texts = iter([rollout.text for rollout in rollouts])
         return [
             [next(texts) for _ in range(self.num_rollouts)] if example.rejected is None else [example.rejected]
             for example in examples
         ]
+
+    def _sampled(self, examples: Sequence[Example], sampling: Sampling) -> list[Rollout]:
+        """Rollouts of this rank's rows, of which there may be none: as long as one rank has any, all ranks ask, because
+        an engine may be shared."""
+        assert self.rollout is not None
+        if not int(global_max(torch.tensor(len(examples), device=self.device))):
+            return []
+        return self.rollout.generate(examples, self.num_rollouts, sampling)
 
     def _log_pairs(self, told: dict[str, Metrics], rolled: Scores) -> None:
         """What the pairs of all ranks are like, of which each may have another number."""

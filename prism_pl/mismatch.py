@@ -43,7 +43,8 @@ class MismatchCorrection:
     """How the sampler's mismatch is corrected, see the module's docstring.
 
     Attributes:
-        kind: `auto` is `tis` where the sampler runs below float32, else `off`; `off` only measures.
+        kind: `auto` is `tis` where the sampler runs below float32, else `off`, and where the trainer runs in float32
+            too it stops a run whose rollouts are not the trainer's own; `off` only measures.
         level: a weight for each token, or one for each sequence: the product of its tokens' ratios.
         low: `mis` only: ratios below are masked.
         high: ratios above are truncated (`tis`) or masked (`mis`).

@@ -2,17 +2,22 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from prism_pl.aggregation import Metrics
 from prism_pl.batch import Example, SequenceBatch
+from prism_pl.mismatch import MismatchCorrection
 from prism_pl.policy_loss import PolicyLoss
 from prism_pl.rewards import AccuracyFormatReward, RewardOutput, overlong
+from prism_pl.rollout.contract import check_mismatch
 from prism_pl.rollout.engine import Rollout, RolloutEngine, Sampling
-from prism_pl.strategy import whole_groups, world_size
+from prism_pl.rollout.inference import compute_dtype
+from prism_pl.strategy import global_max, whole_groups, world_size
 from prism_pl.updates import KLPenalty
 
 
@@ -58,6 +63,18 @@ def warn_inert_kl(kl: KLPenalty | None) -> None:
         rank_zero_warn(f"kl.coefficient is 0, so kl.place={kl.place!r} and kl.kind={kl.kind!r} cannot act.")
 
 
+def check_sampler(measured: Metrics, mismatch: MismatchCorrection, engine: RolloutEngine, policy: Any) -> None:
+    """ValueError where an engine in float32 and a trainer in float32 disagree on the rollouts, under `mismatch.kind:
+    auto`, which takes them for equal. A probe is greedy and of one prompt: it does not see how the rollouts were drawn.
+
+    Args:
+        measured: over all ranks, so that all stop alike; `mismatch_p95` compares with the policy that sampled, however
+            many updates a batch is used for.
+    """
+    if mismatch.kind == "auto" and engine.dtype() == compute_dtype(policy) == torch.float32:
+        check_mismatch(float(measured["mismatch_p95"]))
+
+
 def trained_mask(policy_loss: PolicyLoss, sequences: SequenceBatch, rollouts: Sequence[Rollout]) -> Tensor:
     """Response tokens that are trained, (B, T): all, or with `mask_truncated` those of finished responses."""
     if not policy_loss.mask_truncated:
@@ -93,6 +110,25 @@ def total_steps(trainer: Trainer, steps_per_batch: int) -> float:
         return steps
     by_epochs = trainer.num_training_batches * int(trainer.max_epochs or 0) * steps_per_batch
     return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
+
+
+def missing_batches(trainer: Trainer, device: torch.device) -> range:
+    """Numbers of the predict batches that other ranks have and this one has not: Lightning deals out the rows of a
+    prediction as they come, so one rank may have a batch more than another, and ranks that share an engine generate
+    together. For `generate_batch` without rows once the last is done, but found before the first: it is a collective.
+
+    Raises ValueError where a run of several processes predicts without end.
+    """
+    if world_size() == 1:
+        return range(0)
+    (num_batches,) = trainer.num_predict_batches
+    most = float(global_max(torch.tensor(float(num_batches), device=device)))
+    if most == float("inf"):
+        raise ValueError(
+            "the rows to predict have no number, and several processes must generate equally often: set "
+            "trainer.limit_predict_batches, or trainer.devices to 1"
+        )
+    return range(int(num_batches), int(most))
 
 
 def forget_logged(trainer: Trainer) -> None:

@@ -16,7 +16,7 @@ from prism_pl.chat import render
 from prism_pl.discriminator import DedicatedMoEDiscriminator, DenseDiscriminator
 from prism_pl.policy import PolicySpec
 from prism_pl.policy_loss import PolicyLoss
-from prism_pl.rollout.engine import Sampling
+from prism_pl.rollout.engine import Rollout, Sampling
 from prism_pl.rollout.transformers_engine import TransformersEngine
 from prism_pl.updates import KLPenalty
 from tests.conftest import DEMONSTRATION, make_examples
@@ -111,6 +111,18 @@ def test_the_policy_answers_to_the_discriminator_from_before_its_update(random_p
 def test_the_samplers_mismatch_is_measured(random_policy, tmp_path):
     _, record = fit(make(random_policy), Rows(make_examples(2)), tmp_path)
     assert record.steps[0]["align/mismatch_max"] == pytest.approx(0, abs=1e-5)
+
+
+def test_rollouts_that_are_not_the_policys_own_stop_the_run(random_policy, tmp_path):
+    module = make(random_policy)
+    generate = module.rollout.generate
+
+    def drifted(*asked: Any) -> list[Rollout]:
+        return [replace(r, sampler_logps=[logp - 0.1 for logp in r.sampler_logps]) for r in generate(*asked)]
+
+    module.rollout.generate = drifted
+    with pytest.raises(ValueError, match=r"rollout contract: the engine's log-probabilities of the rollouts are 0\.1 "):
+        fit(module, Rows(make_examples(2)), tmp_path)
 
 
 def test_the_same_text_on_both_sides_gives_a_gap_of_exactly_0(random_policy, tmp_path):

@@ -98,7 +98,7 @@ class DriftedEngine(ScriptedEngine):
 
 @pytest.mark.parametrize(
     ("correction", "factor"),
-    [(None, 1.0), (MismatchCorrection("tis", high=3.0), 3.0), (MismatchCorrection("mis", high=3.0), 0.0)],
+    [(MismatchCorrection("tis", high=3.0), 3.0), (MismatchCorrection("mis", high=3.0), 0.0)],
 )
 def test_a_step_is_scaled_by_the_weight(random_policy, tmp_path, correction, factor):
     """Every policy token's ratio is 4: truncated to 3 the gradient is three times as large, masked it is 0."""
@@ -114,6 +114,31 @@ def test_a_step_is_scaled_by_the_weight(random_policy, tmp_path, correction, fac
         assert record.steps[0]["rlvr/mismatch_outside"] == 1
     for name, plain in steps[0].items():
         torch.testing.assert_close(steps[1][name], factor * plain)
+
+
+def test_rollouts_that_are_not_the_trainers_stop_a_float32_run(random_policy, tmp_path):
+    # Several updates a batch: it is the policy that sampled that they are compared with.
+    module = make_rlvr(random_policy, [RIGHT, WRONG], lr=10.0, updates_per_batch=3)
+    _, record = fit(module, Rows(make_examples(1), batch_size=1), tmp_path, max_steps=3)
+    assert record.steps[0]["rlvr/mismatch_max"] < 1e-4
+    module = make_rlvr(random_policy, [RIGHT, WRONG])
+    module.rollout = DriftedEngine([RIGHT, WRONG])
+    stopped = r"rollout contract: the engine's log-probabilities of the rollouts are 1\.39 nats .*mismatch\.kind"
+    with pytest.raises(ValueError, match=stopped):
+        fit(module, Rows(make_examples(1), batch_size=1), tmp_path)
+
+
+@pytest.mark.parametrize("precise", [False, True])
+def test_a_mismatch_below_float32_on_either_side_stops_nothing(random_policy, tmp_path, precise):
+    module = make_rlvr(random_policy, [RIGHT, WRONG])
+    engine = DriftedEngine([RIGHT, WRONG])
+    module.rollout = engine
+    if not precise:
+        engine.dtype = lambda: torch.bfloat16
+    _, record = fit(
+        module, Rows(make_examples(1), batch_size=1), tmp_path, precision="bf16-mixed" if precise else "32-true"
+    )
+    assert record.steps[0]["rlvr/mismatch_p95"] > 1
 
 
 def test_a_sampler_in_bf16_is_corrected_without_being_asked(random_policy, tmp_path):

@@ -5,13 +5,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
 from torch.multiprocessing.spawn import start_processes
 
+from prism_pl.logprobs import token_logps
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.rollout import Sampling, VLLMEngine
+from prism_pl.rollout import Sampling, VLLMEngine, rollout_batch
 from scripts.blank_policy import ROOT
 from tests.conftest import make_examples
 from tests.stubs import weights
@@ -20,6 +22,30 @@ pytest.importorskip("vllm")
 
 FLAT = Sampling(temperature=2.0, max_tokens=24)
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
+
+
+def mismatch(policy, processor, example, rollouts) -> float:
+    """The largest difference of the engine's log-probabilities of one prompt's rollouts from the trainer's, in nats."""
+    batch, sampler_logps_BT = rollout_batch(processor, [processor.prompt(example)], rollouts, len(rollouts))
+    with torch.no_grad():
+        stats = token_logps(policy, batch, temperature=FLAT.temperature, banned_ids=processor.banned_ids)
+    return float((sampler_logps_BT - stats.logps_BT).abs().max())
+
+
+def forced(engine: VLLMEngine, policy, example, rank: int) -> str:
+    """What stops engines whose generators run in step, and an engine whose ranks' generators do not."""
+    alone = engine.tensor_group.size == 1
+    if alone:
+        engine.draws.rank = 0
+        engine.load_state_dict({"seed": 20, "num_draws": 9})
+    elif rank == 1:
+        engine.draws._next = lambda sampling: np.random.SeedSequence(9)
+    try:
+        engine.generate([example], 2, FLAT if alone else replace(FLAT, max_tokens=4))
+        engine.sync(policy.named_parameters())
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def shared_files() -> list[str]:
@@ -43,8 +69,16 @@ def work(rank: int, folder: str) -> None:
     for name, size in (("alone", 1), ("together", 2)):
         policy.load_state_dict(first)
         engine = VLLMEngine(tensor_parallel=size)
+        # Where nothing seeds a run, each process has a seed of its own.
+        torch.manual_seed(0 if size == 1 else 5 + rank)
         engine.start(policy, processor, rank=rank)
-        flat = engine.generate([examples[0]] if size == 1 else mine, 2, FLAT)
+        asked = [examples[0]] if size == 1 else mine
+        flat = engine.generate(asked, 2, FLAT)
+        drawn = engine.state_dict()
+        engine.load_state_dict({"seed": 20 + rank, "num_draws": 1 + rank})
+        resumed = engine.generate(asked, 2, FLAT)
+        differences = [mismatch(policy, processor, asked[0], rollouts) for rollouts in (flat, resumed)]
+        few = engine.generate(mine[rank:], 1, FLAT)  # the second rank has nothing to ask for
         torch.manual_seed(1)
         with torch.no_grad():
             for parameter in policy.parameters():
@@ -57,6 +91,10 @@ def work(rank: int, folder: str) -> None:
             "prompts": [r.prompt_ids == processor.prompt(mine[0]).ids for r in greedy],
             "group": engine.tensor_group.number,
             "difference": engine.metrics()["rollout/probe_difference"],
+            "mismatch": differences,
+            "drawn": drawn,
+            "few": len(few),
+            "forced": forced(engine, policy, examples[0], rank),
             "shared": shared_files(),
         }
         told[name]["stale"] = unsent(engine, policy)
@@ -109,6 +147,24 @@ def test_a_tensor_parallel_engine_gives_each_rank_its_own_rows(told):
         assert each["alone"]["difference"] < 1e-4
         assert each["together"]["greedy"] == each["alone"]["greedy"]
     assert told[0]["together"]["flat"] != told[1]["together"]["flat"]
+
+
+def test_a_tensor_parallel_engine_draws_by_one_seed_whatever_seeds_its_ranks_have(told):
+    for each in told:
+        assert each["together"]["drawn"] == {"seed": 5, "num_draws": 1}
+        assert max(each["together"]["mismatch"]) < 1e-4, "from the start, and from checkpoints that differ"
+        assert max(each["alone"]["mismatch"]) < 1e-4
+
+
+def test_a_rank_may_have_nothing_to_ask_for(told):
+    for name in ("alone", "together"):
+        assert [each[name]["few"] for each in told] == [1, 0]
+
+
+def test_generators_in_step_between_engines_or_out_of_step_within_one_stop_the_run(told):
+    for each in told:
+        assert "the engines 0 and 1 drew the same response" in each["alone"]["forced"]
+        assert "the ranks of one tensor-parallel engine drew different responses" in each["together"]["forced"]
 
 
 def test_a_killed_run_leaves_no_shared_memory_because_it_is_gone_from_the_start(told):

@@ -20,6 +20,9 @@ Entry = tuple[tuple[str, str], int, int]
 # Whoever draws the same response by chance, at this log-probability or below, does so once in e^30 times.
 UNLIKELY = -30.0
 
+# Float32 on both sides differs by 1e-5 nats a token on a CPU, and by 2e-2 at most where a GPU multiplies in TF32.
+MAX_MISMATCH = 0.05
+
 
 def check_prompt_ids(returned: Sequence[int], expected: Sequence[int], image_token_id: int, row: str) -> None:
     """ValueError where the engine read another prompt than the trainer: then its log-probabilities, and the rollouts
@@ -144,6 +147,36 @@ def check_rank_seeds(seeds: Sequence[tuple[int, int]], groups: Sequence[int]) ->
                 f"rollout contract: the engines {owner[seed]} and {group} have the same seed, so their rollouts would "
                 "repeat each other: give `start` each process's own rank"
             )
+
+
+def check_group_draws(prints: Sequence[int]) -> None:
+    """ValueError where ranks that share an engine by tensor parallelism drew different tokens: each then decoded its
+    own responses with the others' partial sums, and the log-probabilities are of no model.
+
+    Args:
+        prints: of each of these ranks, a checksum of all that it drew.
+    """
+    if len(set(prints)) > 1:
+        raise ValueError(
+            "rollout contract: the ranks of one tensor-parallel engine drew different responses to the same prompts, "
+            "so each decoded its own with the other ranks' share of the weights: their generators are not in step. "
+            "Give all ranks the same sampling and the same vLLM, and let nothing else draw while it generates"
+        )
+
+
+def check_mismatch(p95: float) -> None:
+    """ValueError where sampler and trainer, both in float32, differ on the rollouts by more than rounding explains.
+
+    Args:
+        p95: of the rollouts' tokens, the 95th percentile of the difference of log-probabilities, in nats.
+    """
+    if p95 > MAX_MISMATCH:
+        raise ValueError(
+            f"rollout contract: the engine's log-probabilities of the rollouts are {p95:.3g} nats from the trainer's "
+            f"(95th percentile; in float32 rounding explains less than {MAX_MISMATCH}): it samples from other weights, "
+            "at another temperature or without the banned ids, or it drew other tokens than it says. For an engine "
+            "that is meant to differ, set model.init_args.mismatch.kind to tis or mis (corrects it) or off (measures)"
+        )
 
 
 def draw_prints(rollouts: Sequence[Rollout], num: int = 16) -> list[tuple[int, float]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prism_pl.batch import Example
 from prism_pl.processor import Processor
+from prism_pl.strategy.ranks import world_size
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ class RolloutEngine(Protocol):
     ) -> list[Rollout]:
         """`num_samples` rollouts an example, prompt by prompt: rollout g of example p stands at p * num_samples + g.
 
+        In a run of several processes each calls it equally often, because engines may work together: a process that
+        has nothing to ask for gives no examples.
+
         Args:
             on_group: is told each group as soon as all of it is there, while the engine goes on with the others. An
                 engine that has all at once need not call it.
@@ -141,5 +145,6 @@ def generate_batch(
     `sampling`: one seed for all would draw the same noise in each, and prompts would not be independent."""
     if sampling.seed is not None:
         sampling = replace(sampling, seed=sampling.seed + batch_idx)
-    rollouts = engine.generate(examples, num_samples, sampling)
+    # Alone, a process has nobody to keep in step with.
+    rollouts = engine.generate(examples, num_samples, sampling) if examples or world_size() > 1 else []
     return [rollouts[p * num_samples : (p + 1) * num_samples] for p in range(len(examples))]

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 
 @contextmanager
 def inference(policy: Any) -> Iterator[None]:
@@ -21,3 +23,10 @@ def inference(policy: Any) -> Iterator[None]:
         policy.generation_config = defaults
         for module in training:
             module.training = True
+
+
+def compute_dtype(policy: Any) -> torch.dtype:
+    """In which the live policy computes here: its weights' precision, or that of the autocast around the call."""
+    weight = policy.get_input_embeddings().weight
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -1,11 +1,12 @@
 """The ranks of a run beside each other: engines must not draw the same rollouts."""
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from prism_pl.rollout.contract import check_rank_draws, check_rank_seeds, draw_prints
+from prism_pl.rollout.contract import check_group_draws, check_rank_draws, check_rank_seeds, draw_prints
 from prism_pl.rollout.draws import Draws
 from prism_pl.rollout.engine import Rollout, Sampling
 from prism_pl.strategy.ranks import gathered_values, global_max, global_min, on_first_rank, world_size
@@ -80,9 +81,28 @@ class TensorGroup:
 
     def union(self, rows: Sequence[Any]) -> tuple[list[Any], range]:
         """The rows of all ranks of the group, in order, and where this rank's stand among them."""
-        if self.size == 1:
-            return list(rows), range(len(rows))
-        parts: list[list[Any]] = [[] for _ in range(self.size)]
-        torch.distributed.all_gather_object(parts, list(rows), group=self.group)
+        parts: list[list[Any]] = self._gathered(list(rows))
         start = sum(len(part) for part in parts[: self.place])
         return [row for part in parts for row in part], range(start, start + len(rows))
+
+    def share(self, draws: Draws) -> None:
+        """Let all ranks of the group draw as its first: each draws for the whole engine, and all must draw the same,
+        whatever seed a rank was given and wherever its checkpoint was saved."""
+        draws.rank, state = self._gathered((draws.rank, draws.state_dict()))[0]
+        draws.load_state_dict(state)
+
+    def check_draws(self, drawn: Mapping[int, Sequence[Sequence[int]]]) -> None:
+        """ValueError, on every rank of the group, where they drew different responses.
+
+        Args:
+            drawn: the ids of each response to each prompt of the union, by the prompt's number.
+        """
+        if self.size > 1:
+            check_group_draws(self._gathered(zlib.crc32(repr(sorted(drawn.items())).encode())))
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """A plain value of every rank of the group, in order."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(values, value, group=self.group)
+        return values

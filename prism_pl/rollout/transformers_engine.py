@@ -17,7 +17,7 @@ from prism_pl.policy import no_image
 from prism_pl.processor import Processor, Prompt
 from prism_pl.rollout.draws import Draws
 from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
-from prism_pl.rollout.inference import inference
+from prism_pl.rollout.inference import compute_dtype, inference
 from prism_pl.rollout.probe import Probe
 from prism_pl.rollout.ranks import RankCheck, check_same_number
 from prism_pl.strategy import inside, is_sharded
@@ -131,9 +131,7 @@ class TransformersEngine:
 
     def dtype(self) -> torch.dtype:
         """The live policy's, or that of the autocast around the call."""
-        weight = self.policy.get_input_embeddings().weight
-        device = weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return compute_dtype(self.policy)
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Nothing to copy: it reads the live policy, and no cache outlives a `generate`. Probed all the same."""

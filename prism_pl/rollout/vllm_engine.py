@@ -87,6 +87,7 @@ class VLLMEngine:
         size = self.options.tensor_parallel
         self.tensor_group = TensorGroup(size)
         self.draws = Draws(rank // size)
+        self.tensor_group.share(self.draws)
         self.ranks = RankCheck(self.draws, size)
         self.sender = WeightSender(policy)
         self.read_back = ReadBack(self.sender.expected, policy.config.tie_word_embeddings)
@@ -108,7 +109,6 @@ class VLLMEngine:
             self._load(whole_parameters(self.policy))
         self.wake()
         rollouts = self._generate(examples, num_samples, sampling, on_group)
-        self.probe.remember(examples)
         self.ranks.remember(rollouts, sampling)
         return rollouts
 
@@ -116,6 +116,7 @@ class VLLMEngine:
         self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None
     ) -> list[Rollout]:
         everyones, mine = self.tensor_group.union(examples)
+        self.tensor_group.share(self.draws)
         prompts = [self._prompt(example, sampling) for example in everyones]
         greedy = sampling.temperature == 0
         if not greedy:
@@ -124,10 +125,12 @@ class VLLMEngine:
         params = self._sampling_params(1 if greedy else num_samples, sampling)
         device = self.policy.get_input_embeddings().weight.device
         groups: dict[int, list[Rollout]] = {}
+        drawn: dict[int, list[list[int]]] = {}
 
         def finished(p: int, output: Any) -> None:
             # Checked by every rank of the engine: all stop, or none.
             group = self._group(everyones[p].id, prompts[p][1], output)
+            drawn[p] = [rollout.response_ids for rollout in group]
             if p not in mine:
                 return
             groups[p] = group * num_samples if greedy else group
@@ -136,6 +139,9 @@ class VLLMEngine:
 
         with self.draws.seeded(sampling, device), vllm_compat.eager(self.on_cpu):
             self._run([prompt for prompt, _ in prompts], params, [example.id for example in everyones], finished)
+        self.tensor_group.check_draws(drawn)
+        # Whoever has no row probes with another's: a probe is a call that all ranks of the engine make together.
+        self.probe.remember(examples or everyones)
         return [rollout for p in mine for rollout in groups[p]]
 
     def _group(self, row: str, prompt_ids: list[int], output: Any) -> list[Rollout]:
