@@ -58,6 +58,7 @@ def engine(policy, llm, random_policy, monkeypatch):
     monkeypatch.setattr("prism_pl.rollout.vllm_engine.Launched", lambda *_: launched)
     engine = VLLMEngine()
     engine.start(policy, PolicySpec(random_policy).processor(), rank=0)
+    monkeypatch.setattr("prism_pl.rollout.vllm_engine.ReadBack.check", lambda *_: None)  # there are no layers to read
     monkeypatch.setattr(engine, "_generate", lambda *_: llm.calls.append("generate") or [])
     return engine
 
