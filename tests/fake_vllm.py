@@ -26,6 +26,8 @@ class FakeVLLM:
         asked: the bodies of all chat requests; `called`: every other call, by path or method, in order.
         version: which weights the fake says it holds.
         before_answer: called before each chat request is answered.
+        before_load: called before weights are loaded; CUT, once, in the place of a load and of its answer.
+        model: its name.
     """
 
     def __init__(self, processor: Processor, config: Any, **facts: Any) -> None:
@@ -49,6 +51,8 @@ class FakeVLLM:
         self.refuse: dict[str, int] = {}
         self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.before_answer: Callable[[], Any] = lambda: None
+        self.before_load: Callable[[], int] | None = None
+        self.model = "served"
         self.asked: list[dict[str, Any]] = []
         self.called: list[str] = []
         self.version: str | None = None
@@ -66,7 +70,7 @@ class FakeVLLM:
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and answer."""
         if path == "/v1/models":
-            return 200, {"data": [{"id": "served"}]}
+            return 200, {"data": [{"id": self.model}]}
         if path == "/v1/chat/completions":
             return self._chat(body)
         method = body.get("method", path) if body else path
@@ -75,6 +79,9 @@ class FakeVLLM:
         if path == "/collective_rpc":
             if self.rpc_status != 200:
                 return self.rpc_status, {"error": {"message": f"no {method} here"}}
+            if method == "prism_load" and self.before_load is not None:
+                before_load, self.before_load = self.before_load, None
+                return before_load(), None
             return 200, {"results": [self._rpc(method, body["args"])]}
         return 200, {"success": True} if path == "/reset_prefix_cache" else None
 
@@ -125,7 +132,7 @@ class FakeVLLM:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length)) if length else {}
                 status, answer = fake.answer(self.path, body)
-                text = b"" if answer is None else json.dumps(answer).encode()
+                text = b"" if answer is None and status != CUT else json.dumps(answer).encode()
                 self.send_response(200 if status == CUT else status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))

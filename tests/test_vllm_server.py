@@ -1,6 +1,7 @@
 """The engine for a vLLM server against a fake one: troubles of the connection, and the contract."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,63 @@ def test_a_server_that_was_started_anew_is_sent_the_weights_and_asked_again(engi
     assert "it was started anew" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, "start it with --logprobs-mode processed_logprobs"),
+        ({"generation_config": "auto"}, "start it with --generation-config vllm"),
+        ({"max_model_len": 512}, r"was started anew with other options \(max_model_len 512, 2048 before\)"),
+        ({"dtype": "bfloat16"}, r"was started anew with other options \(dtype bfloat16, float32 before\)"),
+    ],
+)
+@pytest.mark.parametrize("seen_by", ["sync", "load", "generate"])
+def test_a_server_that_comes_back_with_other_options_is_refused(engine, fake, policy, facts, message, seen_by):
+    def restart():
+        fake.version, fake.facts = None, replace(fake.facts, **facts)
+        return CUT
+
+    engine.probe.example = None  # the fake has no log-probabilities to probe
+    if seen_by == "sync":
+        restart()
+    elif seen_by == "load":  # it dies of the load
+        fake.before_load = restart
+    else:
+        fake.before_answer = restart
+    calls = {"generate": lambda: engine.generate(examples(), 1, SAMPLED)}
+    call = calls.get(seen_by, lambda: engine.sync(policy.named_parameters()))
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_server_that_comes_back_under_another_name_is_refused(engine, fake, policy):
+    fake.version, fake.model = None, "other"
+    with pytest.raises(ValueError, match="was started anew and calls its model 'other', 'served' before"):
+        engine.sync(policy.named_parameters())
+
+
+def test_a_server_that_comes_back_as_it_was_is_synced(engine, fake, policy, caplog):
+    engine.probe.example = None
+    fake.version = None
+    engine.sync(policy.named_parameters())
+    assert fake.version == engine.version
+    assert "it was started anew" in caplog.text
+
+
+def test_a_server_that_comes_back_before_the_first_weights_is_met_again(fake, policy, processor):
+    engine = VLLMServerEngine(fake.url)
+    engine.start(policy, processor, rank=0)
+    fake.facts = replace(fake.facts, logprobs_mode="raw_logprobs")
+    with pytest.raises(ValueError, match="start it with --logprobs-mode processed_logprobs"):
+        engine.generate(examples(1), 1, SAMPLED)
+
+
+def test_a_server_that_comes_back_has_lost_its_group_of_nccl(engine, fake, policy):
+    fake.version = None
+    engine.weights.transfer = SimpleNamespace(close=lambda: None)  # any but a folder
+    with pytest.raises(ConnectionError, match="was started anew, without the policy's weights, in the middle"):
+        engine.sync(policy.named_parameters())
+
+
 def test_two_runs_at_one_server_are_found_out(engine, fake):
     fake.version = "another-3"
     with pytest.raises(ValueError, match=r"holds the weights of another run \(another-3\)"):
@@ -202,7 +260,8 @@ def test_two_runs_at_one_server_are_found_out(engine, fake):
 
 def test_every_cache_is_dropped_after_the_weights_have_come(engine, fake, policy):
     engine._load(policy.named_parameters())
-    assert fake.called == ["prism_load", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
+    resets = ["/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
+    assert fake.called == ["prism_version", "prism_load", *resets]
 
 
 def test_weights_that_change_on_their_way_are_found_out(engine, fake, policy):
@@ -304,7 +363,7 @@ def test_a_sleeping_server_is_refused_where_it_cannot_and_woken_by_a_call(fake, 
     engine.sleep()
     fake.called.clear()
     engine.generate(examples(1), 1, SAMPLED)
-    assert fake.called[:3] == ["/wake_up?tags=weights", "prism_load", "/wake_up?tags=kv_cache"]
+    assert fake.called[:4] == ["prism_version", "/wake_up?tags=weights", "prism_load", "/wake_up?tags=kv_cache"]
     engine.close()
 
 

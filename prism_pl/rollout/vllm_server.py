@@ -25,7 +25,13 @@ from prism_pl.rollout.ranks import RankCheck, on_first_rank
 from prism_pl.rollout.vllm_limits import check_fits, check_temperature
 from prism_pl.rollout.vllm_server_chat import chat_request, rollouts_of
 from prism_pl.rollout.vllm_server_client import Server
-from prism_pl.rollout.vllm_server_facts import ServerFacts, check_facts, image_options, launch_line
+from prism_pl.rollout.vllm_server_facts import (
+    ServerFacts,
+    check_facts,
+    check_same,
+    image_options,
+    launch_line,
+)
 from prism_pl.rollout.vllm_server_sync import (
     NCCLTransfer,
     PathTransfer,
@@ -94,23 +100,39 @@ class VLLMServerEngine:
         self.images = image_options(processor)
         line = launch_line(processor.source, "cpu" if self.on_cpu else "cuda", self.images)
         self.server = Server(self.url, self.retries, self.timeout, f"is it running? This starts it:\n  {line}")
-        facts = self._meet()
-        self.facts = facts[0]
+        self.model, self.workers = self._meet()
         self.probe = Probe(self.dtype())
         # The first rank alone sends; the others have no way to the server's weights.
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        self.weights = ServerWeights(policy, facts, self._transfer()) if first else None
+        self.weights = ServerWeights(policy, self.workers, self._transfer()) if first else None
         self.run, self.num_sent = secrets.token_hex(4), 0
         self.version: str | None = None
         self.stale = True
 
-    def _meet(self) -> list[ServerFacts]:
-        """What each of the server's workers says of itself. ValueError where it cannot sample for this policy."""
-        self.model: str = self.server.get("/v1/models")["data"][0]["id"]
-        facts = [ServerFacts.read(each, self.url) for each in self.server.rpc("prism_facts", retry=False)]
-        for each in facts:
+    @property
+    def facts(self) -> ServerFacts:
+        """What the server said of itself at the start."""
+        return self.workers[0]
+
+    def _meet(self) -> tuple[str, list[ServerFacts]]:
+        """What the server calls its model, and what each of its workers says of itself. ValueError where it cannot
+        sample for this policy."""
+        model: str = self.server.get("/v1/models")["data"][0]["id"]
+        workers = [ServerFacts.read(each, self.url) for each in self.server.rpc("prism_facts", retry=False)]
+        for each in workers:
             check_facts(each, self.policy.config, self.images, self.sleeps, self.url)
-        return facts
+        return model, workers
+
+    def _meet_again(self) -> None:
+        """ValueError where a server that may have been started anew is not what it was at the start. Every rank goes by
+        what it was, and not every rank comes here."""
+        model, workers = self._meet()
+        check_same(self.workers, workers, self.url)
+        if model != self.model:
+            raise ValueError(
+                f"the rollout server {self.url} was started anew and calls its model {model!r}, {self.model!r} before: "
+                "start it as it was, or start the run again in its folder"
+            )
 
     def _transfer(self) -> Transfer:
         able = not self.on_cpu and self.facts.device == "cuda" and self.facts.transfer == "nccl"
@@ -166,7 +188,7 @@ class VLLMServerEngine:
         answers from those it was started with, and is sent the policy's and asked again."""
         for _ in range(self.retries + 1):
             answers = self.server.post_all("/v1/chat/completions", requests)
-            held = {answer["version"] for answer in self.server.rpc("prism_version")}
+            held = self._held()
             if held == {self.version}:
                 return answers
             self._restore(held)
@@ -179,16 +201,16 @@ class VLLMServerEngine:
                 f"rollout contract: the server {self.url} holds the weights of another run ({other[0]}): a server "
                 "serves one run at a time, start another one with another --port"
             )
-        # Ranks do not come to this place together, and NCCL has lost its group with the server's workers.
-        if world_size() > 1 or not isinstance(self.weights and self.weights.transfer, PathTransfer):
-            raise ConnectionError(
-                f"the rollout server {self.url} was started anew, without the policy's weights, in the middle of a "
-                "call. Nothing that it answered was used: start the run again in its folder, it goes on from its last "
-                "checkpoint"
-            )
-        logger.warning("rollout server %s: it was started anew; sending it the policy's weights again", self.url)
-        self._meet()
+        if world_size() > 1:  # ranks do not come to this place together
+            raise self._lost()
         self._load(whole_parameters(self.policy))
+
+    def _lost(self) -> ConnectionError:
+        return ConnectionError(
+            f"the rollout server {self.url} was started anew, without the policy's weights, in the middle of the run. "
+            "Nothing that it answered since was used: start the run again in its folder, it goes on from its last "
+            "checkpoint"
+        )
 
     def dtype(self) -> torch.dtype:
         """In which the server computes."""
@@ -207,15 +229,35 @@ class VLLMServerEngine:
     def _send(self, named_parameters: Iterable[tuple[str, Tensor]]) -> str:
         """What the server calls the weights that it now has."""
         assert self.weights is not None, "start the engine first"
+        self._find_out_restart()
         if self.asleep:
             self.server.post("/wake_up?tags=weights")
         self.num_sent += 1
         version = f"{self.run}-{self.num_sent}"
+        num_retried = self.server.num_retried
         self.weights.send(named_parameters, version)
+        if self.server.num_retried > num_retried:
+            self._meet_again()  # it may have been started anew on the way
         if self.asleep:
             self.server.post("/wake_up?tags=kv_cache")
         forget_prompts(self.server)
         return version
+
+    def _find_out_restart(self) -> None:
+        """Meet a server that knows none of this run's weights once more: it may have come back with other options."""
+        assert self.weights is not None, "start the engine first"
+        if None not in self._held():
+            return
+        self._meet_again()
+        if self.num_sent == 0:
+            return
+        if not isinstance(self.weights.transfer, PathTransfer):  # NCCL has lost its group with the server's workers
+            raise self._lost()
+        logger.warning("rollout server %s: it was started anew; sending it the policy's weights again", self.url)
+
+    def _held(self) -> set[str | None]:
+        """What the server's workers call the weights that they have."""
+        return {answer["version"] for answer in self.server.rpc("prism_version")}
 
     def sleep(self) -> None:
         """Drop the server's weights and cache until the next `sync`, `wake` or `generate`, where `sleep` asks for

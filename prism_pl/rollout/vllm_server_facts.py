@@ -1,6 +1,7 @@
 """What a vLLM server says about itself, and what it must be to sample for a trainer."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -138,6 +139,24 @@ def check_facts(facts: ServerFacts, policy_config: Any, images: dict[str, Any], 
             f"{wanted} ({len(other)} keys of config.json differ): start `vllm serve` with the path of this policy"
         )
     _check_options(facts, images, sleep, url)
+
+
+def check_same(before: Sequence[ServerFacts], now: Sequence[ServerFacts], url: str) -> None:
+    """ValueError where a server came back as another one in the middle of a run.
+
+    Args:
+        before, now: of each of its workers.
+    """
+    changed = [f"{len(now)} workers, {len(before)} before"] if len(now) != len(before) else []
+    for ours, theirs in zip(before, now, strict=False):
+        pairs = {key: (value, theirs.as_dict()[key]) for key, value in ours.as_dict().items()}
+        del pairs["parameters"]  # they follow from the architecture and the version
+        changed += [f"{key} {new}, {old} before" for key, (old, new) in pairs.items() if new != old]
+    if changed:
+        raise ValueError(
+            f"the rollout server {url} was started anew with other options ({changed[0]}): start it as it was, or "
+            "start the run again in its folder"
+        )
 
 
 def _check_options(facts: ServerFacts, images: dict[str, Any], sleep: bool, url: str) -> None:
