@@ -1,6 +1,8 @@
 """Weights on their way to a vLLM server: files, the worker's side, the order of a transfer by NCCL, and two ranks."""
 
 import multiprocessing
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,7 +145,7 @@ def test_a_transfer_by_nccl_is_watched_at_both_ends(named, monkeypatch):
     weights = ServerWeights(
         policy_with(named), [facts()], NCCLTransfer(server, SHAPES, torch.bfloat16, "10.0.0.1:29500")
     )
-    weights.send(reversed(named), "run-1")
+    weights.send(iter(named), "run-1")
     assert opened == [("10.0.0.1", 29500, 5)]
     calls = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
     assert server.posted == ["prism_watch", *calls, "prism_finish"]
@@ -158,6 +160,55 @@ def test_a_transfer_by_nccl_is_watched_at_both_ends(named, monkeypatch):
     weights.transfer.close()
     assert opened[-1] == "shut"
     assert worker.prism_finish("run-3") == {"error": "prism_finish without prism_watch"}
+
+    with pytest.raises(ValueError, match=r"a sync sends 'c' where 'a' is due: send the policy's parameters in their"):
+        weights.send(reversed(named), "run-2")
+    with pytest.raises(ValueError, match=r"a sync must send every parameter of the policy; 1 are missing: c"):
+        weights.send(named[:2], "run-2")
+
+
+@pytest.mark.parametrize("by", ["files", "nccl"])
+def test_merged_weights_exist_for_a_bucket_at_a_time(by, tmp_path, monkeypatch):
+    """Each tensor is made when it is asked for, as `whole_parameters` merges an adapter's."""
+    shapes = {str(i): (4,) for i in range(40)}
+    made: list[weakref.ref] = []
+    most = 0
+
+    def merged():
+        nonlocal most
+        for name, shape in shapes.items():
+            tensor = torch.zeros(shape)
+            made.append(weakref.ref(tensor))
+            most = max(most, sum(ref() is not None for ref in made))
+            yield name, tensor
+            del tensor
+
+    def open_nccl(client, source, *address):
+        return SimpleNamespace(send_weights=lambda: [None for _ in source])
+
+    monkeypatch.setattr(vllm_compat, "open_nccl", open_nccl)
+    worker = SimpleNamespace(
+        prism_load=lambda folder, version: {"loaded": [], "received": received(Path(folder))},
+        prism_watch=dict,
+        prism_finish=lambda version: {"loaded": [], "received": by_nccl.source.sent.entries()},
+    )
+    by_files = PathTransfer(Direct(worker), str(tmp_path), torch.float32, max_bytes=32)  # two tensors a bucket
+    by_nccl = NCCLTransfer(Direct(worker), shapes, torch.float32, "10.0.0.1:29500")
+    policy = SimpleNamespace(
+        named_parameters=lambda: ((name, torch.zeros(shape)) for name, shape in shapes.items()),
+        config=SimpleNamespace(tie_word_embeddings=True),
+    )
+    transfer = by_files if by == "files" else by_nccl
+    ServerWeights(policy, [replace(facts(), parameters=[])], transfer).send(merged(), "run-1")
+    assert len(made) == 40
+    assert most <= (5 if by == "files" else 2)  # a bucket is let go of when the next one is there
+
+
+def received(folder: Path):
+    digest = StreamDigest()
+    for bucket in read_buckets(folder):
+        digest.add(bucket)
+    return digest.entries()
 
 
 def test_nccl_without_a_gpu_build_says_what_is_missing(monkeypatch):

@@ -22,8 +22,9 @@ from prism_pl.rollout.vllm_sync import checked, packed, shapes_to_send
 class Transfer(Protocol):
     """A way to the server's workers."""
 
-    def send(self, named: list[Named], version: str, sent: StreamDigest) -> list[dict[str, Any]]:
-        """What each worker loaded and received, as `ServerWorker` says it; `sent` adds up what left."""
+    def send(self, named: Iterable[Named], version: str, sent: StreamDigest) -> list[dict[str, Any]]:
+        """What each worker loaded and received, as `ServerWorker` says it; `sent` adds up what left. Nothing of `named`
+        is kept: merged weights exist a bucket at a time."""
         ...
 
     def close(self) -> None: ...
@@ -49,9 +50,8 @@ class ServerWeights:
         Args:
             version: what the server calls these weights from now on.
         """
-        named = list(checked(named_parameters, self.expected))
         sent = StreamDigest()
-        answers = self.transfer.send(named, version, sent)
+        answers = self.transfer.send(checked(named_parameters, self.expected), version, sent)
         for answer, held in zip(answers, self.held, strict=True):
             check_entries(sent.entries(), answer["received"])
             check_loaded(set(answer["loaded"]), held)
@@ -74,7 +74,7 @@ class PathTransfer:
         self._folder = TemporaryDirectory(prefix="prism-server-", dir=parent)
         Path(self._folder.name).chmod(0o755)  # the server may be another user's
 
-    def send(self, named: list[Named], version: str, sent: StreamDigest) -> list[dict[str, Any]]:
+    def send(self, named: Iterable[Named], version: str, sent: StreamDigest) -> list[dict[str, Any]]:
         """See `Transfer`. The files are gone when it returns, whether they arrived or not."""
         with TemporaryDirectory(dir=self._folder.name) as parent:
             Path(parent).chmod(0o755)
@@ -113,14 +113,14 @@ class NCCLTransfer:
         workers = server.get("/get_world_size")["world_size"]
         self.end = vllm_compat.open_nccl(_Control(server), self.source, host, port, workers + 1)
 
-    def send(self, named: list[Named], version: str, sent: StreamDigest) -> list[dict[str, Any]]:
-        """See `Transfer`."""
+    def send(self, named: Iterable[Named], version: str, sent: StreamDigest) -> list[dict[str, Any]]:
+        """See `Transfer`. The weights come in the order of `shapes`, which the server was told."""
         self.server.rpc("prism_watch")
         self.source.named, self.source.sent = named, sent
         try:
             self.end.send_weights()
         finally:
-            self.source.named = []
+            self.source.named = ()
         return self.server.rpc("prism_finish", version)
 
     def close(self) -> None:
@@ -134,16 +134,20 @@ class _Source:
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         self.dtypes_and_shapes = {name: (dtype, shape) for name, shape in shapes.items()}
         self.dtype = dtype
-        self.named: list[Named] = []
+        self.named: Iterable[Named] = ()
         self.sent = StreamDigest()
 
     def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return self.dtypes_and_shapes
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        tensors = dict(self.named)
-        for name in self.dtypes_and_shapes:  # in the order that the server was told
-            bucket = Bucket.pack([(name, tensors[name])], self.dtype)
+        for told, (name, tensor) in zip(self.dtypes_and_shapes, self.named, strict=True):
+            if name != told:
+                raise ValueError(
+                    f"rollout contract: a sync sends {name!r} where {told!r} is due: send the policy's parameters in "
+                    "their order, by NCCL a server knows them by it"
+                )
+            bucket = Bucket.pack([(name, tensor)], self.dtype)
             self.sent.add(bucket)
             yield from bucket.named()
 
