@@ -79,8 +79,11 @@ class HasRowNeeds(Protocol):
 class HasLimits(Protocol):
     """An engine that knows before it is started what it takes; None: what the started one allows."""
 
-    max_model_len: int | None
-    max_images: int | None
+    @property
+    def max_model_len(self) -> int | None: ...
+
+    @property
+    def max_images(self) -> int | None: ...
 
 
 def with_engine(needs: RowNeeds, engine: RolloutEngine | None, sampling: Sampling) -> RowNeeds:

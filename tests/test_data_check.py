@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from prism_pl.data.overlap import Split, overlap
 from prism_pl.data.report import histogram, report
 from prism_pl.discriminator import SparseMoEDiscriminator
 from prism_pl.policy import PolicySpec
-from prism_pl.rollout import Sampling, TransformersEngine, VLLMEngine
+from prism_pl.rollout import AutoEngine, Sampling, TransformersEngine, VLLMEngine, auto
 from prism_pl.row_needs import Lengths, RowNeeds, with_discriminator, with_engine
 from prism_pl.segments import segment_ids
 from scripts.blank_policy import ROOT
@@ -64,7 +66,8 @@ def broken_rows(folder):
     ]
 
 
-def test_every_planted_fault_is_named_and_left_out_of_the_run(folder, blank_policy, capsys):
+def test_every_planted_fault_is_named_and_left_out_of_the_run(folder, blank_policy, capsys, monkeypatch):
+    monkeypatch.setattr(auto, "find_spec", lambda name: object())  # the default engine would take vLLM
     Image.new("L", (1, 1)).save(folder / "images" / "1x1.png")
     train = write_lines(folder / "rows.jsonl", broken_rows(folder))
     test = write_lines(folder / "test.jsonl", [sharegpt(1)])
@@ -114,7 +117,7 @@ def test_every_planted_fault_is_named_and_left_out_of_the_run(folder, blank_poli
         assert detail in reasons[name][1], name
         assert reason in page
     assert "| train" in page
-    assert "What the stage needs of a row: demonstration, max length 20000, max segment 128." in page
+    assert "What the stage needs of a row: demonstration, max length 20000, max images 4, max segment 128." in page
     assert "--data.check_folder found" in page
 
     kept = opened(DemonstrationsDataModule(str(train), test=str(test), check_folder="found", batch_size=1))
@@ -199,6 +202,30 @@ def test_a_stage_knows_what_its_engine_and_discriminator_take(options, max_segme
     assert (needs.max_prompt, needs.max_images) == (70, 2)
     assert (needs.max_segment, needs.experts) == (max_segment, experts)
     assert with_engine(RowNeeds(), TransformersEngine(), Sampling()) == RowNeeds()
+
+
+def test_the_default_engine_takes_what_the_one_that_it_would_choose_takes(monkeypatch):
+    needs = RowNeeds(answers=True)
+    row = replace(make_examples(1)[0], images=[b""] * 5, answers=["1"])
+    monkeypatch.setattr(auto, "find_spec", lambda name: object())
+    known = with_engine(needs, AutoEngine(), Sampling())
+    assert known == with_engine(needs, VLLMEngine(), Sampling())
+    assert known.unmet(row, Lengths()) == "over 4 images, the engine's max_images"
+    assert with_engine(needs, AutoEngine(max_images=7), Sampling()).unmet(row, Lengths()) == ""
+    monkeypatch.setattr(auto, "find_spec", lambda name: None)
+    assert with_engine(needs, AutoEngine(), Sampling()) == needs  # transformers takes any number
+    chosen = AutoEngine()
+    monkeypatch.setattr(auto, "find_spec", lambda name: object())
+    chosen.engine = chosen.fallback  # vLLM was there and did not load
+    assert with_engine(needs, chosen, Sampling()) == needs
+
+
+def test_the_limits_of_the_default_engine_cost_no_import_of_vllm():
+    code = (
+        "import sys; from prism_pl.rollout import AutoEngine; e = AutoEngine(); e.max_images, e.max_model_len;"
+        "sys.exit('vllm' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_segments_are_measured_as_the_discriminator_cuts_them(blank_policy):

@@ -1,6 +1,7 @@
 """The faster engine that is there."""
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,6 +30,20 @@ class AutoEngine:
         self.fallback = TransformersEngine(batch_size)
         self.preferred = VLLMEngine(max_num_seqs=batch_size, max_images=max_images)
         self.engine: RolloutEngine | None = None
+
+    @property
+    def max_images(self) -> int | None:
+        """Most images in a prompt, as `prism_pl.row_needs.HasLimits` asks before the start: None without vLLM."""
+        return self.preferred.max_images if self._expects_vllm() else None
+
+    @property
+    def max_model_len(self) -> int | None:
+        """See `max_images`."""
+        return self.preferred.max_model_len if self._expects_vllm() else None
+
+    def _expects_vllm(self) -> bool:
+        # Each stage asks when it is made, and importing vLLM takes seconds: one that is there and broken counts too.
+        return find_spec("vllm") is not None if self.engine is None else self.engine is self.preferred
 
     def start(self, policy: Any, processor: Processor, *, rank: int) -> None:
         """Choose, and start what was chosen."""
