@@ -46,7 +46,10 @@ logger = logging.getLogger(__name__)
 
 
 class VLLMServerEngine:
-    """Samples with a vLLM server, 0.24 to 0.32, that every rank of the run asks and the first rank keeps up to date.
+    """Samples with a vLLM server that every rank of the run asks and the first rank keeps up to date.
+
+    Run so far with vLLM 0.32 on a CPU and weights by a folder. Experimental, as they were not run yet: servers on GPUs,
+    the transfer by NCCL, and vLLM 0.24 to 0.31, which are let in.
 
     Each request carries a seed of its own (`prism_pl.rollout.draws.Draws`), so a resumed run draws what the whole one
     would have drawn. The line that starts a server stands in the README and in the message where there is none.
@@ -54,7 +57,8 @@ class VLLMServerEngine:
     Args:
         url: of the server, such as http://other-machine:8000.
         transfer: how weights travel: `nccl` from GPU to GPU, `path` by a folder; `auto` takes `nccl` where policy and
-            server are on GPUs and the server was started with vLLM's weight transfer, else `path`.
+            server are on GPUs and the server was started with vLLM's weight transfer, else `path`. `nccl` is
+            experimental and needs vLLM 0.32 on the trainer's side too.
         folder: for `path`, one that both machines see under this name; None: a temporary one of this machine.
         nccl_address: for `nccl`, where the server finds this process, "host" or "host:port"; None: found out.
         retries: how often a request is tried again, with back-off, before the run stops; 8 wait two minutes in all.

@@ -1,4 +1,4 @@
-"""The policy's weights to a vLLM server: by NCCL from GPU to GPU, or by a folder that both sides see."""
+"""The policy's weights to a vLLM server: by a folder that both sides see, or by NCCL from GPU to GPU (experimental)."""
 
 import socket
 from collections.abc import Iterable, Iterator
@@ -96,6 +96,8 @@ class PathTransfer:
 
 class NCCLTransfer:
     """By vLLM's own weight transfer over NCCL, from this process's GPU to the GPUs of the server's workers.
+
+    Experimental: written after vLLM 0.32, which the trainer's side needs, and not run yet with NCCL.
 
     Args:
         shapes: of every parameter, by name.
