@@ -94,10 +94,10 @@ def work(rank: int, folder: str) -> None:
             "mismatch": differences,
             "drawn": drawn,
             "few": len(few),
+            "stale": unsent(engine, policy),
             "forced": forced(engine, policy, examples[0], rank),
             "shared": shared_files(),
         }
-        told[name]["stale"] = unsent(engine, policy)
         engine.close()
     try:
         VLLMEngine().start(policy, processor, rank=0)
@@ -121,6 +121,8 @@ def unsent(engine: VLLMEngine, policy) -> str:
         engine.sync(policy.named_parameters())
     except ValueError as error:
         return str(error)
+    finally:
+        del engine.sender.send
     return ""
 
 

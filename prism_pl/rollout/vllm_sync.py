@@ -35,6 +35,7 @@ def packed(
     for part in cut(named, max_bytes // dtype.itemsize):
         with gather([tensor for _, tensor in part]):
             bucket = Bucket.pack(part, dtype)
+        del part  # merged weights, which would live on while the next are made
         sent.add(bucket)
         yield bucket
 
