@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from torch import distributed
 
@@ -53,3 +54,26 @@ def test_shared_memory_is_left_alone_on_gpus_and_where_vllm_has_none(monkeypatch
     monkeypatch.delattr(cpu_communicator, "_CPUSHMDistributed")
     with vllm_compat.own_shared_memory(on_cpu=True):
         assert shared._init_cpu_shm is open_files
+
+
+def test_what_is_kept_of_a_token_is_its_log_probability_even_where_a_step_has_several():
+    from vllm.logprobs import FlatLogprobs
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.outputs import LogprobsLists
+
+    own = LogprobsProcessor._update_sample_logprobs
+    request = LogprobsProcessor(None, FlatLogprobs(), None, 0.0, 0, None)
+    with vllm_compat.sampled_logps_alone():
+        for step in ([[-0.5, -9.0]], [[-0.25, -9.0], [-2.0, -9.0]]):
+            told = np.array(step, dtype=np.float32)
+            request._update_sample_logprobs(LogprobsLists(np.zeros_like(told), told, np.zeros(len(told))))
+    assert request.logprobs.logprobs == [-0.5, -0.25, -2.0]
+    assert LogprobsProcessor._update_sample_logprobs is own
+
+
+def test_a_vllm_that_notes_log_probabilities_under_another_name_does_so_by_itself(monkeypatch):
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    monkeypatch.delattr(LogprobsProcessor, "_update_sample_logprobs")
+    with vllm_compat.sampled_logps_alone():
+        assert not hasattr(LogprobsProcessor, "_update_sample_logprobs")

@@ -1,6 +1,7 @@
 """vLLM on the tiny SFT policy, against the trainer's own log-probabilities and transformers' tokens."""
 
 import gc
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +15,15 @@ from prism_pl.errors import EngineStopped
 from prism_pl.logprobs import token_logps
 from prism_pl.lora import LoraSpec, whole_parameters
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.rollout import AutoEngine, RolloutEngine, Sampling, TransformersEngine, VLLMEngine, rollout_batch
+from prism_pl.rollout import (
+    AutoEngine,
+    RolloutEngine,
+    Sampling,
+    TransformersEngine,
+    VLLMEngine,
+    rollout_batch,
+    vllm_compat,
+)
 from prism_pl.rollout.vllm_compat import import_vllm, version_of
 from prism_pl.rollout.vllm_launch import _llm_options, blank_folder, write_blank
 from scripts.blank_policy import ROOT
@@ -220,6 +229,16 @@ def test_groups_are_handed_over_when_they_are_finished(engine, examples):
     with pytest.raises(KeyError, match="mine"):  # what the listener raises is raised, and the engine stays usable
         engine.generate(examples, 1, sampling, lambda p, group: {}["mine"])
     assert engine.generate(examples, 2, sampling) == rollouts
+
+
+def test_the_record_of_log_probabilities_is_vllms_own(engine, examples, monkeypatch):
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    own, seeded = LogprobsProcessor._update_sample_logprobs, replace(SAMPLED, seed=5)
+    kept = engine.generate(examples, 4, seeded)
+    assert LogprobsProcessor._update_sample_logprobs is own
+    monkeypatch.setattr(vllm_compat, "sampled_logps_alone", nullcontext)
+    assert engine.generate(examples, 4, seeded) == kept
 
 
 def test_a_seed_fixes_a_call(engine, examples):

@@ -199,7 +199,11 @@ class VLLMEngine:
                 broken.append(error)
 
         try:
-            with vllm_compat.own_arithmetic("cpu" if self.on_cpu else "cuda"), vllm_compat.watching(llm, told):
+            with (
+                vllm_compat.own_arithmetic("cpu" if self.on_cpu else "cuda"),
+                vllm_compat.sampled_logps_alone(),
+                vllm_compat.watching(llm, told),
+            ):
                 llm.generate(requests, params, use_tqdm=False)
         except Exception as error:
             self.dead = f"{type(error).__name__}: {error}"
