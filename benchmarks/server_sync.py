@@ -2,8 +2,8 @@
 
 Launch: python benchmarks/server_sync.py --dimensions 4b     Qwen3-VL-4B's dimensions, random weights, two GPUs
         python benchmarks/server_sync.py                     the tiny policy and a server on the CPU, by a folder alone
-Output: hardware and versions; then a line for each way: the median of 5 loads with their checksums and cache resets, what
-that is in GiB/s of the server's weights, and the probe's difference after the sync, in nats.
+Output: hardware and versions; then a line for each way: the median of 5 loads with their checksums and cache resets,
+what that is in GiB/s of the server's weights, and the probe's difference after the sync, in nats.
 """
 
 import argparse

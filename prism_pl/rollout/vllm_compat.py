@@ -1,4 +1,5 @@
-"""Everything that depends on vLLM's version or build, 0.24 to 0.32, so that nothing else asks.
+"""Everything that depends on vLLM's version or build, 0.24 to 0.32, so that nothing else asks; the trainer's end of its
+transfer by NCCL is in `vllm_nccl`.
 
 vLLM's CPU build has no distribution of the name `vllm`: the version is read from the module.
 """
