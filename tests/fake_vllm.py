@@ -15,6 +15,9 @@ from prism_pl.rollout.vllm_server_files import read_buckets
 # What a chat request meets instead of an answer: a status, or an answer that is cut off half-way.
 CUT = -1
 
+# Calls whose body vLLM 0.24 reads as JSON: an empty one is refused.
+READ_AS_JSON = ("/collective_rpc", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights")
+
 
 class FakeVLLM:
     """Answers chat requests without images, each sample being the request's seed spelled in digits.
@@ -67,12 +70,14 @@ class FakeVLLM:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """Status and answer."""
+    def answer(self, path: str, body: Any) -> tuple[int, Any]:
+        """Status and answer; a body of None was empty."""
         if path == "/v1/models":
             return 200, {"data": [{"id": self.model}]}
         if path == "/v1/chat/completions":
             return self._chat(body)
+        if body is None and path in READ_AS_JSON:
+            return 400, {"error": {"message": "Invalid JSON format"}}
         method = body.get("method", path) if body else path
         with self._lock:
             self.called.append(method)
@@ -83,6 +88,8 @@ class FakeVLLM:
                 before_load, self.before_load = self.before_load, None
                 return before_load(), None
             return 200, {"results": [self._rpc(method, body["args"])]}
+        if path == "/get_world_size":
+            return 200, {"world_size": 1}
         return 200, {"success": True} if path == "/reset_prefix_cache" else None
 
     def _rpc(self, method: str, args: list[str]) -> Any:
@@ -95,6 +102,10 @@ class FakeVLLM:
             self.version = args[1]
             received = [(names, head, bits + self.spoil) for names, head, bits in digest.entries()]
             return {"loaded": self.facts.parameters, "received": received}
+        if method == "prism_watch":
+            return {}
+        if method == "prism_finish":
+            return {"loaded": [], "received": []}
         assert method == "prism_version"
         return {"version": self.version}
 
@@ -130,7 +141,7 @@ class FakeVLLM:
 
             def _answer(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
-                body = json.loads(self.rfile.read(length)) if length else {}
+                body = json.loads(self.rfile.read(length)) if length else None
                 status, answer = fake.answer(self.path, body)
                 text = b"" if answer is None and status != CUT else json.dumps(answer).encode()
                 self.send_response(200 if status == CUT else status)

@@ -171,6 +171,19 @@ def drift(module: Any, rows: Sequence[Example], texts: Sequence[str]) -> float:
     return float((0.5 * (now - start).square())[batch.mask_BT].mean())
 
 
+@torch.no_grad()
+def shake(network: torch.nn.Module, names: Sequence[str] = ("",), scale: float = 0.2) -> None:
+    """Other weights, far from the old ones.
+
+    Args:
+        names: parts of the parameters' names.
+        scale: of the noise, in the parameter's own standard deviations.
+    """
+    for name, parameter in network.named_parameters():
+        if any(part in name for part in names):
+            parameter.add_(torch.randn_like(parameter) * scale * parameter.std())
+
+
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Whether two copies of weights are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())

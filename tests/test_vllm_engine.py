@@ -28,7 +28,7 @@ from prism_pl.rollout.vllm_compat import import_vllm, version_of
 from prism_pl.rollout.vllm_launch import _llm_options, blank_folder, write_blank
 from scripts.blank_policy import ROOT
 from tests.conftest import make_examples
-from tests.stubs import equal, weights
+from tests.stubs import equal, shake, weights
 
 pytest.importorskip("vllm")
 
@@ -89,14 +89,6 @@ def examples(rows):
         replace(rows[1], images=[*rows[1].images, *rows[2].images], id="two"),
         replace(rows[3], images=[], id="none"),
     ]
-
-
-def shake(policy, names=("",), scale=0.2) -> None:
-    """Other weights, far from the old ones."""
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if any(part in name for part in names):
-                parameter.add_(torch.randn_like(parameter) * scale * parameter.std())
 
 
 @torch.no_grad()

@@ -1,13 +1,5 @@
 """The engine for a vLLM server against a real one on the CPU, started by the line that the engine's messages give."""
 
-import os
-import shlex
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -17,10 +9,10 @@ from datamodules.digits import DigitsDataModule
 from prism_pl.logprobs import token_logps
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rollout import Sampling, TransformersEngine, VLLMServerEngine, rollout_batch, vllm_server_client
-from prism_pl.rollout.vllm_server_facts import launch_line
 from scripts.blank_policy import ROOT
+from scripts.serving import kill, serving
 from tests.conftest import make_examples
-from tests.stubs import equal, weights
+from tests.stubs import equal, shake, weights
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -29,48 +21,13 @@ GREEDY = Sampling(temperature=0.0, max_tokens=32)
 SAMPLED = Sampling(max_tokens=24)
 PARITY = 2e-5  # nats a token, float32 on both sides
 PATH = str(ROOT / "assets" / "sft")
-SECONDS_TO_START = 300
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A server's process and address. Blocks of 32 let the prefix cache keep a small policy's prompts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = shlex.split(launch_line(PATH, "cpu", {}))
-    start = words.index("python")
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(ROOT)}
-    # Without what an engine inside this process has set for itself.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    environment = inherited | dict(word.split("=", 1) for word in words[:start]) | quiet
-    command = [sys.executable, *words[start + 1 :], "--host", "127.0.0.1", "--port", str(port), "--block-size", "32"]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(url, process, log)
-        yield process, url
-    finally:
-        stop(process)
-
-
-def wait_for(url, process, log) -> None:
-    end = time.monotonic() + SECONDS_TO_START
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
-
-
-def stop(process) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with serving(PATH, "cpu", "--block-size", "32", log=tmp_path_factory.mktemp("server") / "log") as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +79,6 @@ def examples(rows):
 
 
 @torch.no_grad()
-def shake(policy, part="") -> None:
-    """Other weights, far from the old ones."""
-    for name, parameter in policy.named_parameters():
-        if part in name:
-            parameter.add_(torch.randn_like(parameter) * 0.2 * parameter.std())
-
-
-@torch.no_grad()
 def difference(policy, processor, examples, rollouts, num_samples, temperature=1.0) -> float:
     """The largest between the server's log-probabilities and the trainer's."""
     prompts = [processor.prompt(example) for example in examples]
@@ -166,7 +115,7 @@ def test_parity_holds_after_a_sync_of_other_weights(engine, policy, processor, e
 @pytest.mark.parametrize("part", ["language_model", "visual"])
 def test_a_cache_that_is_kept_breaks_the_contract(engine, policy, examples, part, monkeypatch):
     engine.generate(examples, 1, GREEDY)
-    shake(policy, part)
+    shake(policy, [part])
     with monkeypatch.context() as patch:
         patch.setattr("prism_pl.rollout.vllm_server.forget_prompts", lambda server: None)
         with pytest.raises(ValueError, match=r"rollout contract: after a sync .* cached under the old ones"):
@@ -236,7 +185,7 @@ def test_a_server_that_dies_is_reported_and_gives_no_rollouts(engine, server, ex
     """The last test here: the server is gone."""
     monkeypatch.setattr(vllm_server_client, "FIRST_WAIT", 0.05)
     engine.server.retries = 3
-    os.killpg(server[0].pid, signal.SIGKILL)
+    kill(server[0])
     with pytest.raises(ConnectionError, match=rf"{server[1]} gave no answer .* tried 4 times(?s:.*)python -m vllm"):
         engine.generate(examples, 4, SAMPLED)
     assert engine.metrics()["rollout/server_retries"] >= 3

@@ -12,7 +12,7 @@ from torch import distributed, nn
 from torch.multiprocessing.spawn import start_processes
 
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.rollout import Sampling, VLLMServerEngine, vllm_compat
+from prism_pl.rollout import Sampling, VLLMServerEngine, vllm_nccl
 from prism_pl.rollout.bucket import Bucket
 from prism_pl.rollout.contract import StreamDigest
 from prism_pl.rollout.vllm_server_client import Server, ServerError
@@ -140,11 +140,14 @@ def test_a_transfer_by_nccl_is_watched_at_both_ends(named, monkeypatch):
 
         return SimpleNamespace(send_weights=send, shutdown=lambda: opened.append("shut"))
 
-    monkeypatch.setattr(vllm_compat, "open_nccl", open_nccl)
+    monkeypatch.setattr(vllm_nccl, "open_nccl", open_nccl)
     server = Direct(worker)
-    weights = ServerWeights(
-        policy_with(named), [facts()], NCCLTransfer(server, SHAPES, torch.bfloat16, "10.0.0.1:29500")
-    )
+
+    def opened_anew():
+        transfer = NCCLTransfer(server, SHAPES, torch.bfloat16, "10.0.0.1:29500")
+        return ServerWeights(policy_with(named), [facts()], transfer)
+
+    weights = opened_anew()
     weights.send(iter(named), "run-1")
     assert opened == [("10.0.0.1", 29500, 5)]
     calls = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
@@ -162,9 +165,9 @@ def test_a_transfer_by_nccl_is_watched_at_both_ends(named, monkeypatch):
     assert worker.prism_finish("run-3") == {"error": "prism_finish without prism_watch"}
 
     with pytest.raises(ValueError, match=r"a sync sends 'c' where 'a' is due: send the policy's parameters in their"):
-        weights.send(reversed(named), "run-2")
+        opened_anew().send(reversed(named), "run-2")
     with pytest.raises(ValueError, match=r"a sync must send every parameter of the policy; 1 are missing: c"):
-        weights.send(named[:2], "run-2")
+        opened_anew().send(named[:2], "run-2")
 
 
 @pytest.mark.parametrize("by", ["files", "nccl"])
@@ -186,7 +189,7 @@ def test_merged_weights_exist_for_a_bucket_at_a_time(by, tmp_path, monkeypatch):
     def open_nccl(client, source, *address):
         return SimpleNamespace(send_weights=lambda: [None for _ in source])
 
-    monkeypatch.setattr(vllm_compat, "open_nccl", open_nccl)
+    monkeypatch.setattr(vllm_nccl, "open_nccl", open_nccl)
     worker = SimpleNamespace(
         prism_load=lambda folder, version: {"loaded": [], "received": received(Path(folder))},
         prism_watch=dict,
@@ -214,7 +217,7 @@ def received(folder: Path):
 def test_nccl_without_a_gpu_build_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm.distributed.weight_transfer", None)
     with pytest.raises(ValueError, match=r"no trainer's end of weight transfer by NCCL .* set the engine's transfer"):
-        vllm_compat.open_nccl(None, None, "127.0.0.1", 1, 2)
+        vllm_nccl.open_nccl(None, None, "127.0.0.1", 1, 2)
 
 
 def test_the_address_for_nccl_is_the_one_that_reaches_the_server(policy_and_processor):

@@ -1,4 +1,5 @@
-"""Everything that depends on vLLM's version or build, 0.24 to 0.32, so that nothing else asks.
+"""Everything that depends on vLLM's version or build, 0.24 to 0.32, so that nothing else asks; the trainer's end of its
+transfer by NCCL is in `vllm_nccl`.
 
 vLLM's CPU build has no distribution of the name `vllm`: the version is read from the module.
 """
@@ -311,40 +312,6 @@ def watch_loads(
 def unwatch_loads(model: Any) -> None:
     """The model's own `load_weights` again."""
     model.__dict__.pop("load_weights", None)
-
-
-def open_nccl(client: Any, source: Any, address: str, port: int, world_size: int) -> Any:
-    """The trainer's end of vLLM's own weight transfer by NCCL: `send_weights()` and `shutdown()`.
-
-    Args:
-        client: has the four calls of vLLM's `VLLMWeightSyncClient`.
-        source: has `shapes()`, the dtype and shape of each parameter by name, and is iterated once a sync for the
-            named tensors themselves, in that order, on this process's GPU.
-        address, port: where the server's workers find this process.
-        world_size: the server's workers, and this process.
-
-    ValueError where the installed vLLM has no such end, or where there is none.
-    """
-    try:
-        import_vllm()
-        from vllm.distributed.weight_transfer import ParamMeta, WeightSource, WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-    except ImportError as error:
-        raise ValueError(
-            f"the trainer's vLLM has no trainer's end of weight transfer by NCCL ({error}): install vllm 0.32 on both "
-            "sides, or set the engine's transfer: path"
-        ) from error
-
-    class Source(WeightSource):
-        def metadata(self) -> list[Any]:
-            return [ParamMeta(name, dtype, shape) for name, (dtype, shape) in source.shapes().items()]
-
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return iter(source)
-
-    # Packed: many tensors a broadcast.
-    info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, packed=True, rank=0)
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())
 
 
 def keep_process_groups() -> None:

@@ -18,10 +18,12 @@ from prism_pl.batch import Example
 from prism_pl.lora import whole_parameters
 from prism_pl.optim import check_finite
 from prism_pl.processor import Processor
+from prism_pl.rollout import vllm_nccl
 from prism_pl.rollout.draws import Draws
 from prism_pl.rollout.engine import GroupDone, Rollout, Sampling
 from prism_pl.rollout.probe import Probe
 from prism_pl.rollout.ranks import RankCheck, on_first_rank
+from prism_pl.rollout.vllm_compat import version_of
 from prism_pl.rollout.vllm_limits import check_fits, check_temperature
 from prism_pl.rollout.vllm_server_chat import chat_request, rollouts_of
 from prism_pl.rollout.vllm_server_client import Server
@@ -57,8 +59,8 @@ class VLLMServerEngine:
     Args:
         url: of the server, such as http://other-machine:8000.
         transfer: how weights travel: `nccl` from GPU to GPU, `path` by a folder; `auto` takes `nccl` where policy and
-            server are on GPUs and the server was started with vLLM's weight transfer, else `path`. `nccl` is
-            experimental and needs vLLM 0.32 on the trainer's side too.
+            server are on GPUs, the server was started with vLLM's weight transfer and there is a vLLM on the trainer's
+            side, else `path`. `nccl` is experimental and needs the same vLLM on both sides, 0.24 or 0.32.
         folder: for `path`, one that both machines see under this name; None: a temporary one of this machine.
         nccl_address: for `nccl`, where the server finds this process, "host" or "host:port"; None: found out.
         retries: how often a request is tried again, with back-off, before the run stops; 8 wait two minutes in all.
@@ -145,9 +147,23 @@ class VLLMServerEngine:
                 "engine transfer is nccl, which needs the policy and the server on GPUs and the server started with "
                 """--weight-transfer-config '{"backend": "nccl"}'; or set transfer: path"""
             )
+        if able and self.kind == "auto" and not vllm_nccl.is_installed():
+            logger.warning("rollout server %s: no vllm is installed here: weights go by a folder, not NCCL", self.url)
+            able = False
         if self.kind == "path" or not able:
             return PathTransfer(self.server, self.folder, self.dtype())
+        self._check_version()
         return NCCLTransfer(self.server, shapes_to_send(self.policy), self.dtype(), self.nccl_address)
+
+    def _check_version(self) -> None:
+        """ValueError where the trainer's vLLM is not the server's: each version tells the other side of a transfer by
+        NCCL in its own way how weights are packed."""
+        ours, theirs = vllm_nccl.installed_version(), self.facts.version
+        if version_of(ours) != version_of(theirs):
+            raise ValueError(
+                f"the rollout server {self.url} is vLLM {theirs} and the trainer's is {ours}: weights go by NCCL only "
+                "between equal versions. Install the same vllm on both sides, or set the engine's transfer: path"
+            )
 
     def generate(
         self, examples: Sequence[Example], num_samples: int, sampling: Sampling, on_group: GroupDone | None = None

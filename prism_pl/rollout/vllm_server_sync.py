@@ -1,22 +1,27 @@
 """The policy's weights to a vLLM server: by a folder that both sides see, or by NCCL from GPU to GPU (experimental)."""
 
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
-from prism_pl.rollout import vllm_compat
+from prism_pl.rollout import vllm_nccl
 from prism_pl.rollout.bucket import Bucket, Named
 from prism_pl.rollout.contract import StreamDigest, check_entries, check_loaded
 from prism_pl.rollout.vllm_server_client import Server
 from prism_pl.rollout.vllm_server_facts import ServerFacts
 from prism_pl.rollout.vllm_server_files import write_buckets
 from prism_pl.rollout.vllm_sync import checked, packed, shapes_to_send
+
+Result = TypeVar("Result")
 
 
 class Transfer(Protocol):
@@ -97,7 +102,10 @@ class PathTransfer:
 class NCCLTransfer:
     """By vLLM's own weight transfer over NCCL, from this process's GPU to the GPUs of the server's workers.
 
-    Experimental: written after vLLM 0.32, which the trainer's side needs, and not run yet with NCCL.
+    NCCL waits for ever for one that does not come. So the trainer's end runs in a thread of its own, and a server that
+    refuses, dies or does not answer its half of a call ends the wait. The transfer is then broken.
+
+    Experimental: written after vLLM 0.24 and 0.32, and not run yet with NCCL.
 
     Args:
         shapes: of every parameter, by name.
@@ -111,27 +119,79 @@ class NCCLTransfer:
     ) -> None:
         self.server = server
         self.source = _Source(shapes, dtype)
+        self.control = _Control(server)
+        self.broken: str | None = None
+        self.end: vllm_nccl.NCCLEnd | None = None
         host, port = _own_address(server.url, address)
         workers = server.get("/get_world_size")["world_size"]
-        self.end = vllm_compat.open_nccl(_Control(server), self.source, host, port, workers + 1)
+        opening = partial(vllm_nccl.open_nccl, self.control, self.source, host, port, workers + 1)
+        self.end = self._together(opening)
 
     def send(self, named: Iterable[Named], version: str, sent: StreamDigest) -> list[dict[str, Any]]:
-        """See `Transfer`. The weights come in the order of `shapes`, which the server was told."""
+        """See `Transfer`. The weights come in the order of `shapes`, which the server was told. ConnectionError where
+        the server is lost on the way, and ever after."""
+        if self.broken is not None:
+            raise ConnectionError(
+                f"the transfer of weights by NCCL to the rollout server {self.server.url} broke off before "
+                f"({self.broken}): start the server anew, and the run again in its folder, it goes on from its last "
+                "checkpoint"
+            )
+        assert self.end is not None, "the transfer is closed"
         self.server.rpc("prism_watch")
         self.source.named, self.source.sent = named, sent
         try:
-            self.end.send_weights()
+            self._together(self.end.send_weights)
         finally:
             self.source.named = ()
         return self.server.rpc("prism_finish", version)
 
+    def _together(self, work: Callable[[], Result]) -> Result:
+        """What `work`, a half of vLLM's own, returns; or the first failure of a call to the server, of which `work`
+        may never hear."""
+        failed = self.control.failed = Future()
+        try:
+            done = vllm_nccl.in_thread(_as_here(work))
+            wait([failed, done], return_when=FIRST_COMPLETED)
+            return failed.result() if failed.done() else done.result()
+        except BaseException as error:
+            self.broken = f"{type(error).__name__}: {error}".splitlines()[0]
+            _fail(failed, error)  # a call to the server that is under way need not be waited for
+            self.close()
+            raise
+
     def close(self) -> None:
         """Leave the group."""
-        self.end.shutdown()
+        end, self.end = self.end, None
+        if end is not None:
+            end.shutdown()
+
+
+def _as_here(work: Callable[[], Result]) -> Callable[[], Result]:
+    """`work` on this thread's GPU, without gradients: each thread has its own of both. What this thread has asked of
+    the GPU is done before, and what `work` asks of it when it returns, for vLLM takes streams of its own."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.current_device() if on_gpu else -1
+    if on_gpu:
+        torch.cuda.synchronize(device)
+
+    def run() -> Result:
+        with torch.cuda.device(device), torch.no_grad():
+            result = work()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            return result
+
+    return run
+
+
+def _fail(future: Future[Any], error: BaseException) -> None:
+    """The first failure counts."""
+    with suppress(InvalidStateError):
+        future.set_exception(error)
 
 
 class _Source:
-    """What `vllm_compat.open_nccl` reads the weights from, each cast to the server's dtype on its way."""
+    """What `vllm_nccl.open_nccl` reads the weights from, each cast to the server's dtype on its way."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         self.dtypes_and_shapes = {name: (dtype, shape) for name, shape in shapes.items()}
@@ -155,22 +215,37 @@ class _Source:
 
 
 class _Control:
-    """The four calls that vLLM's trainer's end makes. None is made twice: a broadcast has no second half."""
+    """The four calls that vLLM's trainer's end makes. None is made twice: a broadcast has no second half.
+
+    Attributes:
+        failed: of the operation that is under way, holds its first failure; made anew for each.
+    """
 
     def __init__(self, server: Server) -> None:
         self.server = server
+        self.failed: Future[Any] = Future()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.server.post("/init_weight_transfer_engine", {"init_info": init_info}, retry=False)
+        self._post("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        self.server.post("/start_weight_update", retry=False)
+        self._post("/start_weight_update", {})  # vLLM 0.24 reads JSON here, and 0.32 nothing
 
     def update_weights(self, update_info: Any) -> None:
-        self.server.post("/update_weights", {"update_info": update_info}, retry=False)
+        self._post("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.server.post("/finish_weight_update", retry=False)
+        self._post("/finish_weight_update")
+
+    def _post(self, path: str, body: Any = None) -> None:
+        """A call; it ends too where the operation has failed elsewhere: vLLM may wait for it at the process's end."""
+        failed = self.failed
+        call = vllm_nccl.in_thread(partial(self.server.post, path, body, retry=False))
+        wait([failed, call], return_when=FIRST_COMPLETED)
+        if call.done() and (error := call.exception()) is not None:
+            _fail(failed, error)
+        if failed.done():
+            failed.result()
 
 
 def forget_prompts(server: Server) -> None:
