@@ -263,9 +263,10 @@ def sampled_logps_alone() -> Iterator[None]:
     """Meanwhile requests keep the log-probability of each sampled token and nothing beside it: what vLLM itself notes
     of a token (position, id, rank, text) takes 2 to 5% of a rollout on a CPU. For `flat_logprobs`, of one token each.
     """
-    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.engine import logprobs
 
-    own = getattr(LogprobsProcessor, "_update_sample_logprobs", None)
+    owner: Any = logprobs.LogprobsProcessor
+    own = getattr(owner, "_update_sample_logprobs", None)
     if own is None:  # a vLLM that calls it otherwise notes everything, as by itself
         yield
         return
@@ -273,11 +274,11 @@ def sampled_logps_alone() -> Iterator[None]:
     def note(processor: Any, lists: Any) -> None:
         processor.logprobs.logprobs += lists.logprobs[:, 0].tolist()  # the sampled one stands first
 
-    LogprobsProcessor._update_sample_logprobs = note
+    owner._update_sample_logprobs = note
     try:
         yield
     finally:
-        LogprobsProcessor._update_sample_logprobs = own
+        owner._update_sample_logprobs = own
 
 
 def says_tied(model_config: Any) -> bool:

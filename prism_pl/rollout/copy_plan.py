@@ -1,0 +1,121 @@
+"""Weights into vLLM's model on a GPU: by its own loaders the first time, and from then on by the copies that they made.
+
+The loaders look up each parameter's place by its name, in Python. For the 713 tensors of a 4B policy that takes longer
+than the GPU takes for all of their bytes.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prism_pl.rollout.bucket import Bucket, Named
+from prism_pl.rollout.contract import StreamDigest
+
+
+@dataclass(frozen=True)
+class View:
+    """A view of some storage, as `torch.as_strided` takes it."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "View":
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+
+    def on(self, tensor: Tensor) -> Tensor:
+        """The view of another tensor's storage."""
+        return tensor.as_strided(self.size, self.stride, self.offset)
+
+
+# The model's parameter, which of its values are overwritten, and with which of the bucket's.
+Copy = tuple[str, View, View]
+
+
+class CopyPlan:
+    """Loads buckets into one model. A bucket with the names and shapes of one of the first sync's is copied to where
+    vLLM's loaders copied that one. Others go through the loaders, and all do where these did more than copy."""
+
+    def __init__(self) -> None:
+        self.copies: dict[int, list[Copy]] | None = None  # by a bucket's checksum of names and shapes
+        self.loaded: set[str] = set()
+
+    def load(self, model: Any, buckets: Iterable[Bucket], received: StreamDigest) -> set[str]:
+        """The names that vLLM gives what it loaded.
+
+        Args:
+            received: adds a bucket up once it is loaded.
+        """
+        if self.copies is None:
+            return self._record(model, buckets, received)
+        parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+        rest = iter(buckets)
+        for bucket in rest:
+            copies = self.copies.get(bucket.head())
+            if copies is None:
+                return self.loaded | model.load_weights(unpacked(chain([bucket], rest), received))
+            places = [place.on(parameters[name]) for name, place, _ in copies]
+            torch._foreach_copy_(places, [values.on(bucket.flat) for _, _, values in copies])
+            received.add(bucket)
+        return self.loaded
+
+    def _record(self, model: Any, buckets: Iterable[Bucket], received: StreamDigest) -> set[str]:
+        watch = _Watch(model)
+        with watch:
+            loaded = model.load_weights(unpacked(watch.seen(buckets), received))
+        self.copies = watch.copies if watch.saw_all() else {}
+        self.loaded = loaded if self.copies else set()
+        return loaded
+
+
+def unpacked(buckets: Iterable[Bucket], received: StreamDigest) -> Iterator[Named]:
+    """The tensors of buckets, one after the other. `received` adds a bucket up when all of it has been taken: what was
+    overwritten in the meantime shows. How a value was cast or is kept inside the engine shows in the probe."""
+    for bucket in buckets:
+        yield from bucket.named()
+        received.add(bucket)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes which values of the buckets are copied where."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.copies: dict[int, list[Copy]] = {}
+        self.num_values: dict[int, int] = {}
+        self._parameters = {_address(parameter): name for name, parameter in model.named_parameters()}
+        self._buckets: dict[int, int] = {}  # checksums by address, which a later one may take over
+
+    def seen(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
+        """The buckets as they come."""
+        for bucket in buckets:
+            head = bucket.head()
+            self._buckets[_address(bucket.flat)] = head
+            self.copies[head] = []
+            self.num_values[head] = sum(math.prod(shape) for shape in bucket.shapes)
+            yield bucket
+
+    def saw_all(self) -> bool:
+        """Whether each value was copied, once: a loader may also compute with one, or keep a part."""
+        return self.num_values == {
+            head: sum(math.prod(values.size) for _, _, values in copies) for head, copies in self.copies.items()
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            place, values = args[:2]
+            name, head = self._parameters.get(_address(place)), self._buckets.get(_address(values))
+            if name is not None and head is not None:
+                self.copies[head].append((name, View.of(place), View.of(values)))
+        return func(*args, **(kwargs or {}))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
