@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,16 +36,26 @@ def serving(
         environment: beside this process's, such as CUDA_VISIBLE_DEVICES.
     """
     variables, program, arguments = _words(launch_line(path, device, {}))
+    command = [sys.executable, *PROGRAMS[program], *arguments, *options]
+    ours = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    with listening(command, log, quiet_environment() | ours | variables | dict(environment or {})) as server:
+        yield server
+
+
+@contextmanager
+def listening(
+    command: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The process of any command that serves as vLLM does, and its address, as `serving` has it.
+
+    Args:
+        command: without --host and --port.
+        environment: all of it.
+    """
     port = _free_port()
-    command = [sys.executable, *PROGRAMS[program], *arguments, "--host", "127.0.0.1", "--port", str(port), *options]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            env=_inherited() | variables | dict(environment or {}),
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_for(url, process, log)
@@ -61,19 +71,17 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def quiet_environment() -> dict[str, str]:
+    """This process's environment, without what an engine inside it has set for itself."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    return inherited | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
 def _words(line: str) -> tuple[dict[str, str], str, list[str]]:
     """The variables that a line of a shell sets, its program and the arguments."""
     words = shlex.split(line)
     start = next(i for i, word in enumerate(words) if word in PROGRAMS)
     return dict(word.split("=", 1) for word in words[:start]), words[start], words[start + 1 :]
-
-
-def _inherited() -> dict[str, str]:
-    """This process's environment, without what an engine inside it has set for itself."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
-    path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return inherited | quiet | {"PYTHONPATH": path}
 
 
 def _free_port() -> int:

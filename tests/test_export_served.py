@@ -1,9 +1,6 @@
 """An export as others take it: served by vLLM itself, nothing of ours in it, and asked a question with an image."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import urllib.request
 
@@ -14,8 +11,8 @@ from prism_pl.images import image_part, open_image
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.processor import chat_messages
 from prism_pl.rollout import Sampling, TransformersEngine
+from scripts.serving import listening, quiet_environment
 from tests.conftest import make_examples
-from tests.test_vllm_server_live import stop, wait_for
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -36,26 +33,14 @@ def export(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def url(export, tmp_path):
+def url(export, tmp_path, monkeypatch):
     """A server's address. vLLM's CPU build has the module in the place of `vllm serve`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(export), "--port", port]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "1G"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(export)]
+    command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "1G"]
     command += ["--served-model-name", "exported", "--no-enable-chunked-prefill"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=inherited | quiet, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(address, process, tmp_path / "log")
+    monkeypatch.chdir(tmp_path)
+    with listening(command, tmp_path / "log", quiet_environment() | {"TORCH_COMPILE_DISABLE": "1"}) as (_, address):
         yield address
-    finally:
-        stop(process)
 
 
 def test_the_export_answers_a_question_with_an_image_as_the_policy_does(export, url):

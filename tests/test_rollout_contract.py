@@ -75,6 +75,17 @@ def test_a_bucket_gives_back_what_was_packed(dtype):
         torch.testing.assert_close(view, tensor.to(dtype), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_checksum_depends_on_what_was_in_memory_before(dtype, monkeypatch):
+    named = [(str(i), torch.randn(shape)) for i, shape in enumerate([(3,), (4, 2), (), (1, 1, 7), (9,)])]
+    sums = set()
+    for before in (0.0, 1.0, torch.nan):
+        monkeypatch.setattr(torch, "empty", lambda *size, _before=before, **where: torch.full(size, _before, **where))
+        sums.add(int(Bucket.pack(named, dtype).bits()))
+        monkeypatch.undo()
+    assert len(sums) == 1
+
+
 def test_what_is_overwritten_on_its_way_is_found_out():
     named = [(str(i), torch.ones(4)) for i in range(3)]
     for spoil, found in ((False, False), (True, True)):

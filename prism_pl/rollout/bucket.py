@@ -39,8 +39,15 @@ class Bucket:
         names, tensors = [name for name, _ in named], [tensor.detach() for _, tensor in named]
         shapes = [tuple(tensor.shape) for tensor in tensors]
         size = sum(_room(shape, dtype) for shape in shapes)
-        # New for each bucket: whoever loads may keep the views until a layer is complete.
-        bucket = cls(names, shapes, torch.zeros(size, dtype=dtype, device=tensors[0].device))
+        # New for each bucket: whoever loads may keep the views until a layer is complete. Zeros are written where no
+        # value comes alone: on a GPU all of a 4B policy would take 3 ms.
+        flat = torch.empty(size, dtype=dtype, device=tensors[0].device)
+        end = 0
+        for shape in shapes:
+            start, end = end + math.prod(shape), end + _room(shape, dtype)
+            if start < end:
+                flat[start:end] = 0
+        bucket = cls(names, shapes, flat)
         torch._foreach_copy_([view for _, view in bucket.named()], tensors)
         return bucket
 
