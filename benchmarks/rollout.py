@@ -3,7 +3,7 @@
 Every sequence has the full length: end tokens are banned. All are warm, caches of earlier prompts are dropped before
 each timed call, and the engines take turns; the medians are compared.
 
-Launch: python benchmarks/rollout.py                     the tiny policy, any CPU, a minute or two
+Launch: python benchmarks/rollout.py                     the tiny policy, any CPU, two or three minutes
         python benchmarks/rollout.py --dimensions 4b     Qwen3-VL-4B's dimensions, random weights, one GPU, no network
 Output: a table, on a GPU also weight sync, sleep and log-probability differences; how far stock `generate` is from the
 floor, the bare matrix products, which bounds what any engine can gain on it; and the ratios in the last line.
@@ -214,12 +214,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="default 16, with 4b 32")
     parser.add_argument("--samples", type=int, help="a prompt; default 8, with 4b 16")
     parser.add_argument("--tokens", type=int, help="a response; default 64, with 4b 512")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="timed turns; default 15, with 4b 3")
     parser.add_argument("--gpu-memory", type=float, default=0.5)
     args = parser.parse_args()
     tiny = args.dimensions == "tiny"
     num_prompts, num, tokens = args.prompts or (16 if tiny else 32), args.samples or (8 if tiny else 16), args.tokens
     tokens = tokens or (64 if tiny else 512)
+    repeats = args.repeats or (15 if tiny else 3)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy, processor = load(args.dimensions, device)
     processor.banned_ids += [processor.eos_id, processor.pad_id]
@@ -237,7 +238,7 @@ def main() -> None:
         "raw vLLM with log-probabilities": raw_vllm(engine, examples, num, tokens, logprobs=True),
         "VLLMEngine": ours(engine, examples, num, tokens),
     }
-    speeds = race(vllm_entries, args.repeats, before=engine._forget_prompts)
+    speeds = race(vllm_entries, repeats, before=engine._forget_prompts)
     # On a GPU transformers gets a short piece of the same prompts: all of it would take minutes.
     few, short = (examples, tokens) if tiny else (examples[:4], 128)
     print_sync_and_sleep(engine, before_start)
@@ -252,7 +253,7 @@ def main() -> None:
         "stock generate": stock_generate(policy, processor, few, num, short),
         "bare matrix products": bare_products(policy, len(few) * num, short),
     }
-    speeds |= race(others, args.repeats if tiny else 1, before=lambda: None)
+    speeds |= race(others, repeats if tiny else 1, before=lambda: None)
     for entry, speed in speeds.items():
         print(f"{entry:34s}{speed:10,.0f} tokens/s")
     floor = speeds["bare matrix products"] / speeds["stock generate"]

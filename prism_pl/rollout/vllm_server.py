@@ -50,8 +50,9 @@ logger = logging.getLogger(__name__)
 class VLLMServerEngine:
     """Samples with a vLLM server that every rank of the run asks and the first rank keeps up to date.
 
-    Run so far with vLLM 0.32 on a CPU and weights by a folder. Experimental, as they were not run yet: servers on GPUs,
-    the transfer by NCCL, and vLLM 0.24 to 0.31, which are let in.
+    Run so far on two GPUs of one host with vLLM 0.24, weights by NCCL and by a folder, and on a CPU with vLLM 0.32.
+    Experimental, as they were not run yet: several GPUs to a server, two hosts, 0.32's form of the transfer by NCCL,
+    and vLLM 0.25 to 0.31, which are let in.
 
     Each request carries a seed of its own (`prism_pl.rollout.draws.Draws`), so a resumed run draws what the whole one
     would have drawn. The line that starts a server stands in the README and in the message where there is none.
@@ -60,7 +61,7 @@ class VLLMServerEngine:
         url: of the server, such as http://other-machine:8000.
         transfer: how weights travel: `nccl` from GPU to GPU, `path` by a folder; `auto` takes `nccl` where policy and
             server are on GPUs, the server was started with vLLM's weight transfer and there is a vLLM on the trainer's
-            side, else `path`. `nccl` is experimental and needs the same vLLM on both sides, 0.24 or 0.32.
+            side, else `path`. `nccl` needs the same vLLM on both sides, 0.24 or 0.32.
         folder: for `path`, one that both machines see under this name; None: a temporary one of this machine.
         nccl_address: for `nccl`, where the server finds this process, "host" or "host:port"; None: found out.
         retries: how often a request is tried again, with back-off, before the run stops; 8 wait two minutes in all.

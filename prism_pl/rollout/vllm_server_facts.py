@@ -130,7 +130,7 @@ def check_facts(facts: ServerFacts, policy_config: Any, images: dict[str, Any], 
     if not OLDEST <= version_of(facts.version) <= NEWEST:
         raise ValueError(
             f"the rollout server {url} is vLLM {facts.version}; the engine is made for 0.24 to 0.32 (run "
-            "so far with 0.32)"
+            "so far with 0.24 and 0.32)"
         )
     ours = architecture(policy_config, policy_config.tie_word_embeddings)
     other = {key: (facts.architecture.get(key), value) for key, value in ours.items()}
