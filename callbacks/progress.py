@@ -37,13 +37,26 @@ class Progress(RichProgressBar):
         gaps = [value for name, value in logged.items() if "/reward_gap/" in name]
         if gaps:
             shown["gap"] = sum(gaps) / len(gaps)
-        for ending in ("/accuracy", "/val_accuracy"):
-            found = [value for name, value in logged.items() if name.endswith(ending)]
-            if found and "accuracy" not in shown:
-                shown["accuracy"] = found[0]
+        named = {ending: name for ending in ("/accuracy", "/val_accuracy") for name in logged if name.endswith(ending)}
+        accuracy = next(iter(named.values()), None)
+        if accuracy is not None:
+            shown["accuracy"] = logged[accuracy]
         tokens = [value for name, value in logged.items() if name.endswith("/tokens")]
         if tokens and self._seconds > 0:
             shown["tokens/s"] = f"{sum(tokens) / self._seconds:,.0f}"
         others = super().get_metrics(trainer, pl_module)
         others.pop("v_num", None)
-        return shown | {name: value for name, value in others.items() if not name.endswith(("/accuracy", "/tokens"))}
+        return shown | {
+            name: value for name, value in others.items() if name != accuracy and not name.endswith("/tokens")
+        }
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of this epoch; Lightning's count leaves out those before a resume, which the bar has behind it."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return min(self.trainer.num_training_batches, super().total_train_batches + done)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        if self.trainer.max_epochs == -1:  # as many as the steps take, which Lightning writes as "/-2"
+            return f"Epoch {current_epoch}".ljust(len(self.validation_description))
+        return super()._get_train_description(current_epoch)

@@ -293,6 +293,47 @@ def test_progress_shows_step_gap_accuracy_and_tokens_a_second(tmp_path, monkeypa
     assert bar.get_metrics(trainer, module)["tokens/s"] == "50"
 
 
+def test_progress_takes_the_validations_accuracy_where_there_is_no_other_and_once(tmp_path):
+    class Validated(Stage):
+        def training_step(self, batch, batch_idx):
+            self.log("align/val_accuracy", 0.75, prog_bar=True)
+            return super().training_step(batch, batch_idx)
+
+    bar, module = Progress(), Validated()
+    shown = bar.get_metrics(fit(tmp_path, [bar], module, enable_progress_bar=True), module)
+    assert shown["accuracy"] == 0.75
+    assert "align/val_accuracy" not in shown
+
+
+def test_progress_counts_on_after_a_resume(tmp_path):
+    """Of 30 batches 9 steps take 9, whether the run is one or was begun again after the fourth."""
+
+    class OneStep(Stage):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        def optimizers(self, *args):
+            return [super().optimizers(*args)]
+
+    class Told(Progress):
+        def __init__(self) -> None:
+            super().__init__()
+            self.told = []
+
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            task = self.progress.tasks[-1]
+            self.told.append((task.description.split("]")[-1].strip(), task.completed, task.total))
+
+    options = {"max_epochs": -1, "max_steps": 9, "num_steps": 30, "enable_progress_bar": True}
+    whole, resumed = Told(), Told()
+    fit(tmp_path / "whole", [whole, SaveAfter(3, tmp_path / "c.ckpt")], OneStep(), **options)
+    fit(tmp_path / "resumed", [resumed], OneStep(), ckpt_path=tmp_path / "c.ckpt", **options)
+    assert whole.told[0] == ("Epoch 0", 1, 9)
+    assert whole.told[-1] == ("Epoch 0", 9, 9)
+    assert resumed.told == whole.told[4:]
+
+
 def test_every_callback_goes_by_its_short_name():
     for name in ("Completions", "ConvergenceMonitor", "DiscriminatorHealth", "Export", "Progress", "RewardGap"):
         assert name in callbacks.__all__
