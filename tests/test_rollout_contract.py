@@ -19,9 +19,8 @@ from prism_pl.rollout.contract import (
     check_received,
     draw_prints,
 )
-from prism_pl.rollout.copy_plan import unpacked
 from prism_pl.rollout.probe import Probe
-from prism_pl.rollout.vllm_sync import WeightSender, checked, packed
+from prism_pl.rollout.vllm_sync import WeightSender, checked, packed, unpacked
 from tests.conftest import make_examples
 
 IMAGE = 9
@@ -127,8 +126,8 @@ def test_a_sync_sends_each_parameter_in_its_shape(random_policy):
     named = list(policy.named_parameters())
     loaded = []
 
-    def load(buckets, received):
-        loaded.extend(unpacked(buckets, received))
+    def load(stream):
+        loaded.extend(stream)
         return {name for name, _ in named}
 
     for sent, message in (
