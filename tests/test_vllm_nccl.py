@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.rollout import VLLMServerEngine, vllm_compat, vllm_nccl
+from prism_pl.rollout import VLLMServerEngine, vllm_compat, vllm_nccl, vllm_server_sync
 from prism_pl.rollout.contract import StreamDigest
 from prism_pl.rollout.vllm_server_client import Server
 from prism_pl.rollout.vllm_server_sync import NCCLTransfer, PathTransfer
@@ -179,6 +180,53 @@ def test_a_server_that_is_lost_in_a_broadcast_is_an_error_at_once_and_ever_after
     never.set()
 
 
+@pytest.mark.parametrize("leave", ["raises", "blocks"])
+def test_a_group_that_cannot_be_left_hides_no_reason(monkeypatch, leave):
+    never = threading.Event()
+
+    def shutdown():
+        if leave == "blocks":
+            never.wait()
+        raise RuntimeError("NCCL error")
+
+    def open_nccl(client, *_):
+        return SimpleNamespace(send_weights=lambda: client.update_weights({}), shutdown=shutdown)
+
+    monkeypatch.setattr(vllm_nccl, "open_nccl", open_nccl)
+    monkeypatch.setattr(vllm_server_sync, "SECONDS_TO_LEAVE", 0.1)
+    with pytest.raises(ConnectionError, match="no answer: it is gone"):
+        send(opened(Calls(update_weights=refuse)))
+    never.set()
+
+
+def test_a_group_that_opens_after_the_server_was_given_up_is_left(monkeypatch):
+    late, said = threading.Event(), []
+
+    def open_nccl(client, *_):
+        vllm_nccl.in_thread(lambda: client.init_weight_transfer_engine({}))
+        late.wait()
+        return SimpleNamespace(shutdown=lambda: said.append("shut"))
+
+    monkeypatch.setattr(vllm_nccl, "open_nccl", open_nccl)
+    with pytest.raises(ConnectionError, match="no answer: it is gone"):
+        opened(Calls(init_weight_transfer_engine=refuse))
+    assert said == []
+    late.set()
+    end = time.monotonic() + 5
+    while not said and time.monotonic() < end:
+        time.sleep(0.01)
+    assert said == ["shut"]
+
+
+def test_after_a_failure_the_server_is_told_nothing_more():
+    server = Calls(start_weight_update=refuse)
+    control = vllm_server_sync._Control(server)
+    for call in (control.start_weight_update, lambda: control.update_weights({}), control.finish_weight_update):
+        with pytest.raises(ConnectionError):
+            call()
+    assert server.paths == ["/start_weight_update"]
+
+
 def test_the_sources_own_error_comes_out_and_nothing_waits_for_the_server(monkeypatch):
     """vLLM's own executor joins its threads at the end of the process."""
     never, executor, calls = threading.Event(), ThreadPoolExecutor(1), []
@@ -202,16 +250,25 @@ def test_the_sources_own_error_comes_out_and_nothing_waits_for_the_server(monkey
         send(transfer)
 
 
-def test_a_thread_works_on_the_gpu_and_without_gradients_as_its_caller_does(monkeypatch):
+def test_a_thread_works_without_gradients_on_its_callers_gpu_between_two_waits_for_it(monkeypatch):
     seen = []
+
+    @contextmanager
+    def device(index):
+        seen.append(f"on {index}")
+        yield
 
     def open_nccl(*args):
         seen.append((torch.is_grad_enabled(), threading.current_thread().daemon))
         return SimpleNamespace(shutdown=lambda: None)
 
     monkeypatch.setattr(vllm_nccl, "open_nccl", open_nccl)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: seen.append(f"wait for {index}"))
     opened(Calls())
-    assert seen == [(False, True)]
+    assert seen == ["wait for 3", "on 3", (False, True), "wait for 3"]
 
 
 @pytest.fixture

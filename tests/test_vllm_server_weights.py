@@ -106,6 +106,14 @@ def test_weights_arrive_by_files(named, tmp_path):
     assert worker.prism_version() == {"version": "run-1"}
 
 
+def test_a_load_from_files_is_not_watched_by_a_transfer_that_broke_off(named, tmp_path):
+    worker = Worker(Model())
+    worker.prism_watch()
+    write_buckets([Bucket.pack(named, torch.float32)], tmp_path / "weights")
+    assert worker.prism_load(str(tmp_path / "weights"), "run-1")["loaded"] == sorted(SHAPES)
+    assert "load_weights" not in vars(worker.model)
+
+
 def test_what_stops_a_load_is_said_and_leaves_no_version(named, tmp_path):
     worker = Worker(Model())
     worker._prism_version = "run-1"
@@ -156,6 +164,9 @@ def test_a_transfer_by_nccl_is_watched_at_both_ends(named, monkeypatch):
     for name, tensor in named:
         assert torch.equal(worker.model.get_parameter(name).data, tensor.bfloat16().float())
     assert "load_weights" not in vars(worker.model)
+    answer = worker.prism_finish("run-1")  # asked again, the answer being lost on its way
+    assert answer["loaded"] == sorted(SHAPES)
+    assert len(answer["received"]) == len(SHAPES)
 
     spoilt.append("c")
     with pytest.raises(ValueError, match="sync from 'c' to 'c' reached the engine with other values"):

@@ -23,6 +23,8 @@ from prism_pl.rollout.vllm_sync import checked, packed, shapes_to_send
 
 Result = TypeVar("Result")
 
+SECONDS_TO_LEAVE = 10.0  # a group whose other side may be gone; vLLM gives itself 5
+
 
 class Transfer(Protocol):
     """A way to the server's workers."""
@@ -125,7 +127,7 @@ class NCCLTransfer:
         host, port = _own_address(server.url, address)
         workers = server.get("/get_world_size")["world_size"]
         opening = partial(vllm_nccl.open_nccl, self.control, self.source, host, port, workers + 1)
-        self.end = self._together(opening)
+        self.end = self._together(opening, lambda end: end.shutdown())
 
     def send(self, named: Iterable[Named], version: str, sent: StreamDigest) -> list[dict[str, Any]]:
         """See `Transfer`. The weights come in the order of `shapes`, which the server was told. ConnectionError where
@@ -145,18 +147,20 @@ class NCCLTransfer:
             self.source.named = ()
         return self.server.rpc("prism_finish", version)
 
-    def _together(self, work: Callable[[], Result]) -> Result:
+    def _together(self, work: Callable[[], Result], undo: Callable[[Result], Any] = lambda _: None) -> Result:
         """What `work`, a half of vLLM's own, returns; or the first failure of a call to the server, of which `work`
-        may never hear."""
+        may never hear. `undo` is called with what it returns after that."""
         failed = self.control.failed = Future()
+        done = vllm_nccl.in_thread(_as_here(work))
         try:
-            done = vllm_nccl.in_thread(_as_here(work))
             wait([failed, done], return_when=FIRST_COMPLETED)
             return failed.result() if failed.done() else done.result()
         except BaseException as error:
             self.broken = f"{type(error).__name__}: {error}".splitlines()[0]
             _fail(failed, error)  # a call to the server that is under way need not be waited for
-            self.close()
+            done.add_done_callback(lambda late: None if late.exception() else undo(late.result()))
+            with suppress(Exception):  # of a group that is broken, and the reason is known
+                vllm_nccl.in_thread(self.close).result(SECONDS_TO_LEAVE)
             raise
 
     def close(self) -> None:
@@ -240,6 +244,8 @@ class _Control:
     def _post(self, path: str, body: Any = None) -> None:
         """A call; it ends too where the operation has failed elsewhere: vLLM may wait for it at the process's end."""
         failed = self.failed
+        if failed.done():
+            failed.result()
         call = vllm_nccl.in_thread(partial(self.server.post, path, body, retry=False))
         wait([failed, call], return_when=FIRST_COMPLETED)
         if call.done() and (error := call.exception()) is not None:

@@ -29,6 +29,7 @@ class ServerWorker:
 
     _prism_version: str | None = None
     _prism_loaded: tuple[set[str], StreamDigest] | None = None
+    _prism_finished: tuple[str, dict[str, Any]] | None = None
 
     def prism_facts(self) -> dict[str, Any]:
         """See `ServerFacts`."""
@@ -63,6 +64,7 @@ class ServerWorker:
             version: what these weights are called from now on.
         """
         self._prism_version = None
+        vllm_compat.unwatch_loads(self.get_model())  # of a transfer that broke off
         received = StreamDigest()
         try:
             with torch.no_grad():
@@ -81,17 +83,22 @@ class ServerWorker:
         return {}
 
     def prism_finish(self, version: str) -> dict[str, Any]:
-        """What vLLM's own weight transfer brought since `prism_watch`.
+        """What vLLM's own weight transfer brought since `prism_watch`; the same again where it is asked again, because
+        the answer was lost on its way.
 
         Args:
             version: what these weights are called from now on.
         """
+        if self._prism_finished is not None and self._prism_finished[0] == version:
+            return self._prism_finished[1]
         if self._prism_loaded is None:
             return {"error": "prism_finish without prism_watch"}
         vllm_compat.unwatch_loads(self.get_model())
         loaded, received = self._prism_loaded
         self._prism_loaded = None
-        return self._prism_took(loaded, received, version)
+        answer = self._prism_took(loaded, received, version)
+        self._prism_finished = version, answer
+        return answer
 
     def _prism_took(self, loaded: set[str], received: StreamDigest, version: str) -> dict[str, Any]:
         self._prism_version = version
