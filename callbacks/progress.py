@@ -37,8 +37,8 @@ class Progress(RichProgressBar):
         gaps = [value for name, value in logged.items() if "/reward_gap/" in name]
         if gaps:
             shown["gap"] = sum(gaps) / len(gaps)
-        named = {ending: name for ending in ("/accuracy", "/val_accuracy") for name in logged if name.endswith(ending)}
-        accuracy = next(iter(named.values()), None)
+        endings = ("/accuracy", "/val_accuracy")
+        accuracy = next((name for ending in endings for name in logged if name.endswith(ending)), None)
         if accuracy is not None:
             shown["accuracy"] = logged[accuracy]
         tokens = [value for name, value in logged.items() if name.endswith("/tokens")]
@@ -53,8 +53,11 @@ class Progress(RichProgressBar):
     @property
     def total_train_batches(self) -> int | float:
         """Batches of this epoch; Lightning's count leaves out those before a resume, which the bar has behind it."""
+        num_batches = self.trainer.num_training_batches
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return min(self.trainer.num_training_batches, super().total_train_batches + done)
+        if done >= num_batches:  # an earlier epoch's
+            done = 0
+        return min(num_batches, super().total_train_batches + done)
 
     def _get_train_description(self, current_epoch: int) -> str:
         if self.trainer.max_epochs == -1:  # as many as the steps take, which Lightning writes as "/-2"

@@ -305,15 +305,18 @@ def test_progress_takes_the_validations_accuracy_where_there_is_no_other_and_onc
     assert "align/val_accuracy" not in shown
 
 
+class OneStep(Stage):
+    """Steps one optimiser."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def optimizers(self, *args):
+        return [super().optimizers(*args)]
+
+
 def test_progress_counts_on_after_a_resume(tmp_path):
     """Of 30 batches 9 steps take 9, whether the run is one or was begun again after the fourth."""
-
-    class OneStep(Stage):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.0)
-
-        def optimizers(self, *args):
-            return [super().optimizers(*args)]
 
     class Told(Progress):
         def __init__(self) -> None:
@@ -332,6 +335,19 @@ def test_progress_counts_on_after_a_resume(tmp_path):
     assert whole.told[0] == ("Epoch 0", 1, 9)
     assert whole.told[-1] == ("Epoch 0", 9, 9)
     assert resumed.told == whole.told[4:]
+
+
+def test_progress_ends_at_the_end_in_an_epoch_that_the_steps_cut_short(tmp_path):
+    class Told(Progress):
+        told = ()
+
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            self.told = [(task.completed, task.total) for task in self.progress.tasks]
+
+    bar = Told()
+    fit(tmp_path, [bar], OneStep(), num_steps=4, max_epochs=-1, max_steps=6, enable_progress_bar=True)
+    assert bar.told[-1] == (2, 2)
 
 
 def test_every_callback_goes_by_its_short_name():
