@@ -33,7 +33,7 @@ from prism_pl.images import open_image  # noqa: E402
 from prism_pl.logprobs import token_logps  # noqa: E402
 from prism_pl.policy import PolicySpec, build_policy  # noqa: E402
 from prism_pl.processor import Processor  # noqa: E402
-from prism_pl.rollout import Rollout, Sampling, TransformersEngine, VLLMEngine, rollout_batch, vllm_compat  # noqa: E402
+from prism_pl.rollout import Rollout, Sampling, TransformersEngine, VLLMEngine, rollout_batch, vllm_engine  # noqa: E402
 from prism_pl.rollout.transformers_engine import left_padded  # noqa: E402
 
 Timed = Callable[[], int]  # runs once and returns the number of tokens it sampled
@@ -90,7 +90,7 @@ def with_own_record(run: Timed) -> Timed:
     """The same, while vLLM keeps all that it notes of a token by itself."""
 
     def kept() -> int:
-        with mock.patch.object(vllm_compat, "sampled_logps_alone", nullcontext):
+        with mock.patch.object(vllm_engine, "sampled_logps_alone", nullcontext):
             return run()
 
     return kept

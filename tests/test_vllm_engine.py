@@ -22,7 +22,7 @@ from prism_pl.rollout import (
     TransformersEngine,
     VLLMEngine,
     rollout_batch,
-    vllm_compat,
+    vllm_engine,
 )
 from prism_pl.rollout.vllm_compat import import_vllm, version_of
 from prism_pl.rollout.vllm_launch import _llm_options, blank_folder, write_blank
@@ -229,7 +229,7 @@ def test_the_record_of_log_probabilities_is_vllms_own(engine, examples, monkeypa
     own, seeded = LogprobsProcessor._update_sample_logprobs, replace(SAMPLED, seed=5)
     kept = engine.generate(examples, 4, seeded)
     assert LogprobsProcessor._update_sample_logprobs is own
-    monkeypatch.setattr(vllm_compat, "sampled_logps_alone", nullcontext)
+    monkeypatch.setattr(vllm_engine, "sampled_logps_alone", nullcontext)
     assert engine.generate(examples, 4, seeded) == kept
 
 

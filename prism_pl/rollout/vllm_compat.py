@@ -1,5 +1,5 @@
 """Everything that depends on vLLM's version or build, 0.24 to 0.32, so that nothing else asks; the trainer's end of its
-transfer by NCCL is in `vllm_nccl`.
+transfer by NCCL is in `vllm_nccl`, and what it keeps of a sampled token in `vllm_logps`.
 
 vLLM's CPU build has no distribution of the name `vllm`: the version is read from the module.
 """
@@ -256,45 +256,6 @@ def watching(llm: Any, finished: Callable[[int, Any], None]) -> Iterator[None]:
         del engine.step
         if replaced:
             engine.step = step
-
-
-@contextmanager
-def sampled_logps_alone() -> Iterator[None]:
-    """Meanwhile vLLM finds and keeps of each sampled token its log-probability and nothing beside it: the rest (rank,
-    position, id, text) takes 5% of a rollout on a CPU, and training never reads it. For `flat_logprobs` of the sampled
-    token alone."""
-    from vllm.v1.engine.logprobs import LogprobsProcessor
-    from vllm.v1.outputs import LogprobsTensors
-    from vllm.v1.sample.sampler import Sampler
-
-    def note(processor: Any, lists: Any) -> None:
-        processor.logprobs.logprobs += lists.logprobs[:, 0].tolist()  # the sampled one stands first
-
-    def gather(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
-        assert num_logprobs == 0, num_logprobs
-        ids_B1 = token_ids[:, None]
-        ranks_B = torch.zeros_like(token_ids, dtype=torch.int32)
-        return LogprobsTensors(ids_B1.int(), logprobs.gather(-1, ids_B1), ranks_B)
-
-    with (
-        _replaced(LogprobsProcessor, "_update_sample_logprobs", note),
-        _replaced(Sampler, "gather_logprobs", staticmethod(gather)),
-    ):
-        yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of a class of vLLM's, meanwhile another. A vLLM that has none of this name is left as it is."""
-    own = vars(owner).get(name)
-    if own is None:
-        yield
-        return
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, own)
 
 
 def says_tied(model_config: Any) -> bool:

@@ -28,6 +28,7 @@ from prism_pl.rollout.ranks import RankCheck, TensorGroup
 from prism_pl.rollout.read_back import ReadBack
 from prism_pl.rollout.vllm_launch import Dtype, Launched, LaunchOptions
 from prism_pl.rollout.vllm_limits import check_fits, check_images, check_temperature
+from prism_pl.rollout.vllm_logps import sampled_logps_alone
 from prism_pl.rollout.vllm_sync import WeightSender
 
 
@@ -201,7 +202,7 @@ class VLLMEngine:
         try:
             with (
                 vllm_compat.own_arithmetic("cpu" if self.on_cpu else "cuda"),
-                vllm_compat.sampled_logps_alone(),
+                sampled_logps_alone(),
                 vllm_compat.watching(llm, told),
             ):
                 llm.generate(requests, params, use_tqdm=False)
