@@ -166,13 +166,20 @@ def print_sync_and_sleep(engine: VLLMEngine, before_start: float) -> None:
     def median_ms(call: Callable[[], Any]) -> float:
         return 1e3 * statistics.median(seconds(call)[0] for _ in range(5))
 
-    sends = median_ms(lambda: engine.sender.send(llm, named(), engine.on_cpu))
+    def send() -> None:
+        engine.sender.send(llm, named(), engine.on_cpu)
+
+    sends = median_ms(send)
+    with mock.patch.object(engine.sender.plan, "copies", {}):  # on a CPU there is none
+        by_loaders = median_ms(send)
     reads = median_ms(lambda: engine.read_back.check(llm, engine.policy, engine.on_cpu))
     resets = median_ms(lambda: (engine._forget_prompts(), engine._forget_images()))
     with as_trained(engine.on_cpu):
         probes = median_ms(lambda: engine.probe.check(engine._generate, engine.policy, engine.processor))
     print(
-        f"weight sync, median of 5: weights and checksums {sends:.1f} ms, read back {reads:.1f} ms, "
+        f"weight sync, median of 5: weights and checksums {sends:.1f} ms"
+        + ("" if engine.on_cpu else f" (by vLLM's loaders {by_loaders:.1f})")
+        + f", read back {reads:.1f} ms, "
         f"cache resets {resets:.1f} ms; the probe after it {probes:.0f} ms"
     )
     print(f"probe difference: {engine.metrics()['rollout/probe_difference']:.4f}")

@@ -19,8 +19,9 @@ from prism_pl.rollout.contract import (
     check_received,
     draw_prints,
 )
+from prism_pl.rollout.copy_plan import unpacked
 from prism_pl.rollout.probe import Probe
-from prism_pl.rollout.vllm_sync import WeightSender, checked, packed, unpacked
+from prism_pl.rollout.vllm_sync import WeightSender, checked, packed
 from tests.conftest import make_examples
 
 IMAGE = 9
@@ -126,8 +127,8 @@ def test_a_sync_sends_each_parameter_in_its_shape(random_policy):
     named = list(policy.named_parameters())
     loaded = []
 
-    def load(stream):
-        loaded.extend(stream)
+    def load(buckets, received):
+        loaded.extend(unpacked(buckets, received))
         return {name for name, _ in named}
 
     for sent, message in (

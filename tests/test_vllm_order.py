@@ -9,6 +9,7 @@ import torch
 from prism_pl.lora import whole_parameters
 from prism_pl.policy import PolicySpec, build_policy
 from prism_pl.rollout import Sampling, VLLMEngine
+from prism_pl.rollout.copy_plan import unpacked
 from tests.stubs import equal
 
 RESETS = ["forget image features", "forget images", "forget keys and values"]
@@ -30,7 +31,7 @@ class Noting:
 
     def collective_rpc(self, load, args) -> list[set[str]]:
         self.calls.append("load")
-        self.held = {name: tensor.clone() for name, tensor in args[0]}
+        self.held = {name: tensor.clone() for name, tensor in unpacked(*args)}
         return [set(self.held)]
 
     def reset_prefix_cache(self) -> bool:

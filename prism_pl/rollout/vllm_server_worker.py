@@ -13,9 +13,9 @@ import torch
 from prism_pl.rollout import vllm_compat
 from prism_pl.rollout.bucket import Bucket, Named
 from prism_pl.rollout.contract import StreamDigest
+from prism_pl.rollout.copy_plan import unpacked
 from prism_pl.rollout.vllm_server_facts import ServerFacts, architecture
 from prism_pl.rollout.vllm_server_files import read_buckets
-from prism_pl.rollout.vllm_sync import unpacked
 
 
 class ServerWorker:

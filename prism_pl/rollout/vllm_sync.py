@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +11,11 @@ from prism_pl.lora import whole_parameters
 from prism_pl.rollout import vllm_compat
 from prism_pl.rollout.bucket import Bucket, Named, cut
 from prism_pl.rollout.contract import StreamDigest, check_complete, check_loaded, check_name, check_received
+from prism_pl.rollout.copy_plan import CopyPlan, unpacked
 from prism_pl.strategy.sharding import gathered, whole_shape
 
 Gather = Callable[[Sequence[Tensor]], AbstractContextManager[Any]]
+Load = Callable[[Iterator[Bucket], StreamDigest], set[str]]
 
 
 def packed(
@@ -38,14 +39,6 @@ def packed(
         del part  # merged weights, which would live on while the next are made
         sent.add(bucket)
         yield bucket
-
-
-def unpacked(buckets: Iterable[Bucket], received: StreamDigest) -> Iterator[Named]:
-    """The tensors of buckets, one after the other. `received` adds a bucket up when all of it has been taken: what was
-    overwritten in the meantime shows. How a value was cast or is kept inside the engine shows in the probe."""
-    for bucket in buckets:
-        yield from bucket.named()
-        received.add(bucket)
 
 
 def shapes_to_send(policy: Any) -> dict[str, tuple[int, ...]]:
@@ -83,24 +76,32 @@ class WeightSender:
         self.expected = shapes_to_send(policy)
         self.held: set[str] = set()
         self.dtype = torch.float32
+        self.plan = CopyPlan()
 
     @torch.no_grad()
     def fill(self, policy: Any, model: Any) -> None:
         """Load every parameter into a model that vLLM has just made. ValueErrors as in `send`."""
         self.dtype = next(model.parameters()).dtype
         self.held = {name for name, _ in model.named_parameters()}
-        self._transfer(whole_parameters(policy), model.load_weights)
+        self._transfer(
+            whole_parameters(policy), lambda buckets, received: model.load_weights(unpacked(buckets, received))
+        )
 
     @torch.no_grad()
     def send(self, llm: Any, named_parameters: Iterable[Named], on_cpu: bool) -> None:
         """Load every parameter into a running engine. ValueError where one is missing, unknown, left out or altered."""
-        load = partial(vllm_compat.load_weights, on_cpu=on_cpu)
+
+        def load(worker: Any, buckets: Iterator[Bucket], received: StreamDigest) -> set[str]:
+            if on_cpu:
+                return vllm_compat.load_weights(worker, unpacked(buckets, received), on_cpu)
+            return self.plan.load(worker.get_model(), buckets, received)
+
         self._transfer(
-            checked(named_parameters, self.expected), lambda stream: llm.collective_rpc(load, args=(stream,))[0]
+            checked(named_parameters, self.expected), lambda *stream: llm.collective_rpc(load, args=stream)[0]
         )
 
-    def _transfer(self, named: Iterable[Named], load: Callable[[Iterator[Named]], set[str]]) -> None:
+    def _transfer(self, named: Iterable[Named], load: Load) -> None:
         sent, received = StreamDigest(), StreamDigest()
-        loaded = load(unpacked(packed(named, self.dtype, self.max_bytes, sent), received))
+        loaded = load(packed(named, self.dtype, self.max_bytes, sent), received)
         check_received(sent, received)
         check_loaded(loaded, self.held)
