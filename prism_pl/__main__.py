@@ -7,6 +7,7 @@ Help and a misspelled command are answered before anything heavy is imported; ev
 import importlib
 import os
 import sys
+import textwrap
 
 from prism_pl import __version__
 from prism_pl.errors import UsageError, did_you_mean, report
@@ -36,7 +37,7 @@ commands:
 
 options:
   --config FILE       a YAML; may be given again, the later one wins. A bare name finds the shipped file of that name
-                      when there is none in the current folder: {configs}
+                      when there is none in the current folder
   --KEY VALUE         any key of the YAML, such as --trainer.max_steps 10
   --print_config      print the complete configuration and stop
   --fresh             fit: start anew beside an earlier run, in the next free folder (runs/align-2), instead of going on
@@ -45,6 +46,9 @@ options:
                       processes cannot go on with the rest of it
   --debug             show Python's traceback with an error (or PRISM_TRACEBACK=1)
   COMMAND --help      every key of a command; --model.help CLASS: those of a class
+
+shipped configurations:
+{configs}
 
 A run writes to --trainer.default_root_dir (default runs/NAME_OF_THE_CONFIG); the same command goes on from its last
 checkpoint.
@@ -105,7 +109,17 @@ def _help() -> str:
     import prism_pl
 
     commands = "\n".join(f"  {name:<18}  {what}" for name, (what, _) in COMMANDS.items())
-    return HELP.format(about=prism_pl.__doc__, commands=commands, configs=", ".join(shipped_configs()))
+    return HELP.format(about=prism_pl.__doc__, commands=commands, configs=_by_folder(shipped_configs()))
+
+
+def _by_folder(configs: list[str]) -> str:
+    """A paragraph a folder."""
+    folders: dict[str, list[str]] = {}
+    for config in configs:
+        folder, slash, _ = config.rpartition("/")
+        folders.setdefault(folder + slash, []).append(config)
+    text = [textwrap.wrap(", ".join(folders[folder]), 116, break_on_hyphens=False) for folder in sorted(folders)]
+    return "\n".join(f"  {line}" for lines in text for line in lines)
 
 
 if __name__ == "__main__":

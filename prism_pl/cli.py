@@ -186,6 +186,8 @@ class PrismCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         # A checkpoint holds tensors and plain values: a pickle planted in one is refused.
         parser.set_defaults({"weights_only": True})
+        flags = [*FLAGS, "--debug"] if subcommand == "fit" else ["--debug"]
+        parser.epilog = f"Also: {', '.join(flags)} (python -m prism_pl --help says what for)."
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -92,14 +92,19 @@ def _unknown_key(match: re.Match[str], message: str, keys: list[str]) -> str:
     key = match["key"].lstrip("-").split("=")[0]
     class_path = _named_class(message)
     if not class_path:
+        if not match["key"].startswith("-") and "unrecognized" in match[0]:
+            return (
+                f"{key!r} belongs to no option: give --config FILE or --KEY VALUE (python -m prism_pl COMMAND --help)"
+            )
         return f"There is no key {key}.{did_you_mean(key, keys)} All keys: python -m prism_pl COMMAND --help"
     if group := re.search(r"Group '([\w.]+)'", message):
         key = f"{group[1]}.{key}"
     where = f"{_where(message)}{_link(class_path)}{key}"
     name = class_path.rpartition(".")[2]
     arguments = _arguments(class_path)
-    listed = f" It takes: {', '.join(arguments)}." if arguments else ""
-    return f"{where}: {name} takes no {key}.{did_you_mean(key, arguments)}{listed}"
+    near = did_you_mean(key, arguments)
+    listed = f" It takes: {', '.join(arguments)}." if arguments and not near else ""
+    return f"{where}: {name} takes no {key}.{near}{listed}"
 
 
 def _no_attribute(match: re.Match[str], message: str, keys: list[str]) -> str:

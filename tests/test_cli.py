@@ -71,6 +71,8 @@ def test_help_answers_in_five_seconds_without_importing_torch(tmp_path):
     assert time.monotonic() - start < 5
     assert result.returncode == 0
     assert "fit" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 120
+    assert "  sampling/greedy.yaml, sampling/paper.yaml\n" in result.stdout
     light = "import sys, prism_pl.__main__ as m; m.main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", light], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
@@ -107,6 +109,14 @@ def test_wrong_command_is_one_message(args, said, capsys):
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("command", "flags"), [("fit", "--fresh, --weights-only-resume, --debug"), ("test", "--debug")]
+)
+def test_a_commands_help_names_what_is_no_key(command, flags, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"Also: {flags} (python -m prism_pl --help says what for)." in " ".join(capsys.readouterr().out.split())
+
+
 # Errors in a configuration
 
 
@@ -117,6 +127,8 @@ def test_wrong_command_is_one_message(args, said, capsys):
         (["--trainer.max_stepz", "3"], "no key trainer.max_stepz. Did you mean trainer.max_steps?"),
         (["--trainr.max_steps", "3"], "Did you mean trainer.max_steps?"),
         (["--model.init_args.alpa", "1"], "model.init_args.alpa: DummyModule takes no alpa. Did you mean alpha?"),
+        (["--model.init_args.zz", "1"], "DummyModule takes no zz. It takes: "),
+        (["dummy.yaml"], "'dummy.yaml' belongs to no option: give --config FILE or --KEY VALUE"),
         (["--model.init_args.policy.pth", "x"], "takes no policy.pth. Did you mean policy.path?"),
         (["--model.init_args.alpha", "x"], "model.init_args.alpha: 'x' is no float."),
         (["--model.init_args.advantage", "papr"], "not one of paper, released. Did you mean paper?"),

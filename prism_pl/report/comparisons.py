@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+from prism_pl.errors import UsageError
 from prism_pl.evaluation_tables import DISTANCES, NLL_RATIOS, prompt_counts, unit_ratios
 from prism_pl.metrics.bootstrap import Interval, paired_ratio_difference, same_ids
 from prism_pl.metrics.drift_bootstrap import paired_distance_difference
@@ -102,11 +103,11 @@ def named_pairs(text: str, runs: Sequence[Run], option: str = "--pairs") -> list
     """The pairs of labels that `name:name` means: one in every run that has both names, or else one across runs.
 
     Raises:
-        ValueError: a name that no checkpoint has, or, across runs, that several have.
+        UsageError: a name that no checkpoint has, or, across runs, that several have.
     """
     first, colon, second = text.partition(":")
     if not colon:
-        raise ValueError(f"{option} {text!r}: give name:name, the first less the second")
+        raise UsageError(f"{option} {text!r}: give name:name, the first less the second")
     labels = labels_of(runs)
     inside = [run for run in runs if first in run.evaluations and second in run.evaluations]
     if inside:
@@ -119,7 +120,7 @@ def named_pairs(text: str, runs: Sequence[Run], option: str = "--pairs") -> list
         found = by_name.get(name, [])
         if len(found) != 1:
             several = f"stands in several runs ({', '.join(found)})" if found else "is none of them"
-            raise ValueError(
+            raise UsageError(
                 f"{option} {text!r} names {name!r}, which {several}; the evaluations are {', '.join(labels.values())}"
             )
     return [(by_name[first][0], by_name[second][0])]
@@ -129,7 +130,7 @@ def unmet(required: Sequence[str], runs: Sequence[Run], num_resamples: int, seed
     """A sentence for each requirement `name:name:metric:up|down|kept` that the test split's differences do not meet.
 
     Raises:
-        ValueError: a requirement that is none, or names a checkpoint or metric that is not there.
+        UsageError: a requirement that is none, or names a checkpoint or metric that is not there.
     """
     evaluations = evaluations_of(runs)
     sentences = []
@@ -138,12 +139,12 @@ def unmet(required: Sequence[str], runs: Sequence[Run], num_resamples: int, seed
         metric, wanted = rest if len(rest) == 2 else ("", "")
         if metric not in COMPARED or wanted not in WANTED:
             shape = f"name:name:metric:{'|'.join(WANTED)}"
-            raise ValueError(f"--require {requirement!r}: give {shape} with a metric of {', '.join(COMPARED)}")
+            raise UsageError(f"--require {requirement!r}: give {shape} with a metric of {', '.join(COMPARED)}")
         for first, second in named_pairs(pair, runs, "--require"):
             both = evaluations[first], evaluations[second]
             found = differences(*both, "test", num_resamples, seed, [metric])
             if metric not in found:
-                raise ValueError(f"--require {requirement!r}: {first} was not evaluated by {metric}")
+                raise UsageError(f"--require {requirement!r}: {first} was not evaluated by {metric}")
             interval = found[metric]
             if not WANTED[wanted](interval):
                 bounds = f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"

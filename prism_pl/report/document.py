@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prism_pl.errors import UsageError
 from prism_pl.report.benchmarks import benchmarks
 from prism_pl.report.comparisons import Pair, differences_table, named_pairs, side_by_side
 from prism_pl.report.cost import cost
@@ -57,7 +58,7 @@ def make_report(runs: Sequence[Run], options: Options, page: Path, made_by: str)
     """Write the figures into `<stem>_files/` beside `page` and return the document's text.
 
     Raises:
-        ValueError: an option that names a checkpoint or a split that is not there.
+        UsageError: an option that names a checkpoint or a split that is not there.
     """
     figures = Figures(page.with_name(f"{page.stem}_files"), page, runs)
     evaluations = evaluations_of(runs)
@@ -155,7 +156,7 @@ def _splits(evaluations: Evaluations, wanted: Sequence[str]) -> list[str]:
     known = list(dict.fromkeys(split for e in evaluations.values() for split in e.tables))
     for split in wanted:
         if split not in known:
-            raise ValueError(f"--splits {split}: the evaluations have {', '.join(known) or 'none'}")
+            raise UsageError(f"--splits {split}: the evaluations have {', '.join(known) or 'none'}")
     return list(wanted) or known
 
 
