@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import pkgutil
 import sys
+import warnings
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,8 @@ def run(args: list[str]) -> None:
         raise UsageError(f"{flags[0]} belongs to fit; {args[0]} writes nothing that it could go on with.")
     if len(flags) > 1:
         raise UsageError(f"{' and '.join(flags)} contradict each other: a run starts anew, or goes on.")
+    # Of Lightning's own code, against the torch that it asks for.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
     import_systems()
     hush_writer_threads()
     PrismCLI([arg for arg in args if arg not in FLAGS], fresh=FRESH in flags, weights_only_resume=NETWORKS in flags)

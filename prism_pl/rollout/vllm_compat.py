@@ -7,6 +7,7 @@ vLLM's CPU build has no distribution of the name `vllm`: the version is read fro
 import logging
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +32,8 @@ def import_vllm() -> Any:
     ValueError for a version that was never tried."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Of its own code, against the torch that it asks for.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     import vllm
 
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
