@@ -1,6 +1,7 @@
 """The copies of vLLM's weight loaders, made again without them: after loaders of our own, and after vLLM's."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from prism_pl.lora import whole_parameters
 from prism_pl.policy import PolicySpec, build_policy
-from prism_pl.rollout import VLLMEngine
+from prism_pl.rollout import VLLMEngine, vllm_compat
 from prism_pl.rollout.contract import StreamDigest, check_received
 from prism_pl.rollout.copy_plan import CopyPlan
 from prism_pl.rollout.vllm_sync import WeightSender, packed
@@ -71,8 +72,31 @@ class Filling(Model):
         return loaded
 
 
+class FillingMany(Model):
+    """The same by one call."""
+
+    def load(self, name, tensor) -> str:
+        loaded = super().load(name, tensor)
+        torch._foreach_zero_([self.embed.data[4:]])
+        return loaded
+
+
+class Elsewhere(Model):
+    """Has a buffer for one of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(5))
+
+    def load(self, name, tensor) -> str:
+        if name != "norm":
+            return super().load(name, tensor)
+        self.kept.copy_(tensor)
+        return name
+
+
 class Keeping(Model):
-    """Keeps something beside its parameters."""
+    """Keeps what it has found in a weight."""
 
     def load(self, name, tensor) -> str:
         self.largest = tensor.max()
@@ -125,13 +149,60 @@ def test_values_go_to_where_the_parameters_are_now():
     for parameter in model.parameters():
         parameter.data = torch.zeros_like(parameter)
     gc.collect()
-    named = weights()
-    send(plan, model, named)
-    check_holds(model, named)
+    for _ in range(2):
+        named = weights()
+        send(plan, model, named)
+        check_holds(model, named)
+        for parameter in model.parameters():
+            parameter.data = torch.zeros_like(parameter)
     assert model.num_loaded == 5
 
 
-@pytest.mark.parametrize("kind", [Doubling, Adding, Filling, Keeping, Skipping])
+class Transposing(Model):
+    """Keeps its embeddings the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Parameter(torch.zeros(3, 6), requires_grad=False)
+
+    def load(self, name, tensor) -> str:
+        if name != "embed":
+            return super().load(name, tensor)
+        self.embed.data[:, :4].copy_(tensor.T)
+        return name
+
+
+def test_views_of_any_layout_are_copied_as_they_were():
+    model, plan = Transposing(), CopyPlan()
+    for _ in range(2):
+        named = weights()
+        assert send(plan, model, named) == NAMES
+        assert torch.equal(model.embed[:, :4], dict(named)["embed"].T)
+    assert model.num_loaded == 5
+
+
+def test_what_was_loaded_is_what_was_copied_this_time():
+    model, plan = Model(), CopyPlan()
+    send(plan, model, weights())
+    assert send(plan, model, [weight for weight in weights() if weight[0] in ("embed", "norm")]) == {"embed", "norm"}
+
+
+@pytest.mark.parametrize(("on_cpu", "num_loaded"), [(False, 5), (True, 10)])
+def test_the_sender_asks_the_loaders_once_on_a_gpu_and_always_on_a_cpu(monkeypatch, on_cpu, num_loaded):
+    model = Model()
+    policy = SimpleNamespace(named_parameters=weights, config=SimpleNamespace(tie_word_embeddings=False))
+    sender = WeightSender(policy)
+    worker = SimpleNamespace(get_model=lambda: model)
+    llm = SimpleNamespace(collective_rpc=lambda load, args: [load(worker, *args)])
+    monkeypatch.setattr(vllm_compat, "load_weights", lambda worker, stream, on_cpu: model.load_weights(stream))
+    for _ in range(2):
+        named = weights()
+        sender.send(llm, named, on_cpu)
+        check_holds(model, named)
+    assert model.num_loaded == num_loaded
+
+
+@pytest.mark.parametrize("kind", [Doubling, Adding, Filling, FillingMany, Elsewhere, Keeping, Skipping])
 def test_loaders_that_do_more_than_copy_are_always_asked(kind):
     model, plan = kind(), CopyPlan()
     for _ in range(3):

@@ -13,6 +13,10 @@ from prism_pl.rollout import vllm_compat
 pytest.importorskip("vllm")
 
 
+def test_the_model_runner_is_the_one_that_was_tried():
+    assert vllm_compat.import_vllm().envs.VLLM_USE_V2_MODEL_RUNNER is False
+
+
 def test_what_vllms_own_code_will_have_to_change_is_not_said_to_users():
     vllm_compat.import_vllm()
     with warnings.catch_warnings(record=True) as said:

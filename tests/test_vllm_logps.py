@@ -1,5 +1,6 @@
 """Log-probabilities of vLLM's sampled tokens: the same values by a shorter way."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ vllm = pytest.importorskip("vllm")
 
 from vllm.logprobs import FlatLogprobs  # noqa: E402
 from vllm.v1.engine.logprobs import LogprobsProcessor  # noqa: E402
+from vllm.v1.outputs import LogprobsLists  # noqa: E402
 from vllm.v1.sample.sampler import Sampler  # noqa: E402
 
 from prism_pl.rollout import vllm_compat  # noqa: E402
@@ -37,6 +39,16 @@ def test_what_is_kept_of_a_token_is_its_log_probability_even_where_a_step_has_se
             request._update_sample_logprobs(StepLists([-9.0, *step, -9.0]).slice_request(1, len(step)))
     assert request.logprobs.logprobs == [-0.5, -0.25, -2.0]
     assert LogprobsProcessor._update_sample_logprobs is own
+
+
+def test_what_another_sampler_of_vllms_found_is_kept_the_same_way():
+    request = LogprobsProcessor(None, FlatLogprobs(), None, 0.0, 0, None)
+    with sampled_logps_alone():
+        for step in ([[-0.5, -9.0]], [[-0.25, -9.0], [-2.0, -9.0]]):
+            told = np.array(step, dtype=np.float32)
+            lists = LogprobsLists(np.zeros_like(told), told, np.zeros(len(told)))
+            request._update_sample_logprobs(lists.slice_request(0, len(step)))
+    assert request.logprobs.logprobs == [-0.5, -0.25, -2.0]
 
 
 def test_vllm_takes_it_for_something_there_even_of_no_sequence():

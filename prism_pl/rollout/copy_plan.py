@@ -1,8 +1,10 @@
 """Weights into vLLM's model on a GPU: by its own loaders the first time, and from then on by the copies that they made.
 
 The loaders look up each parameter's place by its name, in Python. For the 713 tensors of a 4B policy that takes longer
-than the GPU takes for all of their bytes. Loaders that do more than copy whole weights are asked each time: those of a
-rank of several, by tensor parallelism, which take their part of each.
+than the GPU takes for all of their bytes. Loaders that have torch do more than copy whole weights are asked each time:
+those of a rank of several, by tensor parallelism, which take their part of each. What does not go through torch (a
+reference kept, `.data` replaced, numpy, a kernel launched by hand) is not seen; vLLM's loaders of Qwen3-VL do nothing
+of the kind, and the read-back would find weights that are not there.
 """
 
 import math
@@ -46,7 +48,6 @@ class CopyPlan:
 
     def __init__(self) -> None:
         self.copies: dict[int, list[Copy]] | None = None  # by a bucket's checksum of names and shapes
-        self.loaded: set[str] = set()
 
     def load(self, model: Any, buckets: Iterable[Bucket], received: StreamDigest) -> set[str]:
         """The names that vLLM gives what it loaded.
@@ -57,24 +58,25 @@ class CopyPlan:
         if self.copies is None:
             return self._record(model, buckets, received)
         parameters: dict[str, Tensor] = {}
+        loaded: set[str] = set()
         rest = iter(buckets)
         for bucket in rest:
             if not parameters:  # looked up while a GPU packs the first bucket
                 parameters = {name: parameter.data for name, parameter in model.named_parameters()}
             copies = self.copies.get(bucket.head())
             if copies is None:
-                return self.loaded | model.load_weights(unpacked(chain([bucket], rest), received))
+                return loaded | model.load_weights(unpacked(chain([bucket], rest), received))
             places = [place.on(parameters[name]) for name, place, _ in copies]
             torch._foreach_copy_(places, [values.on(bucket.flat) for _, _, values in copies])
+            loaded.update(name for name, _, _ in copies)
             received.add(bucket)
-        return self.loaded
+        return loaded
 
     def _record(self, model: Any, buckets: Iterable[Bucket], received: StreamDigest) -> set[str]:
         watch = _Watch(model)
         with watch:
             loaded = model.load_weights(watch.unpacked(buckets, received))
         self.copies = watch.copies if watch.copied_all() else {}
-        self.loaded = loaded if self.copies else set()
         return loaded
 
 
@@ -87,8 +89,7 @@ def unpacked(buckets: Iterable[Bucket], received: StreamDigest) -> Iterator[Name
 
 
 class _Watch(TorchDispatchMode):
-    """Notes which values of the buckets the loaders copy where, and whether they do anything else with tensors: compute
-    with a value, keep one, fill what no value comes to."""
+    """Notes which values of the buckets the loaders copy where, and whether they have torch do anything else."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class _Watch(TorchDispatchMode):
             yield bucket
 
     def copied_all(self) -> bool:
-        """Whether each value was copied, once, and nothing else was done."""
+        """Whether of each bucket as many values were copied as it has, and nothing else was done."""
         return self._only_copied and self._num_values == {
             head: sum(math.prod(values.size) for _, _, values in copies) for head, copies in self.copies.items()
         }
@@ -130,15 +131,14 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _noted(self, func: Any, args: Any) -> bool:
-        """Whether a call copies values of a bucket to a parameter, or writes nothing (to rows of padding that a model
-        has none of)."""
+        """Whether a call copies values of a bucket to a parameter, or fills rows of padding where there are none."""
         if func is torch.ops.aten.copy_.default:
             place, values = args[:2]
             name, head = self._parameters.get(_address(place)), self._buckets.get(_address(values))
-            if name is not None and head is not None and place.shape == values.shape:
+            if name is not None and head is not None:
                 self.copies[head].append((name, View.of(place), View.of(values)))
                 return True
-        return func._schema.is_mutable and args[0].numel() == 0
+        return func is torch.ops.aten.fill_.Scalar and args[0].numel() == 0
 
 
 def _address(tensor: Tensor) -> int:

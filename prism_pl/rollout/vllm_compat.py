@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process, beside the weights
     "VLLM_LOGGING_LEVEL": "CRITICAL",  # at ERROR a dying engine prints every input it holds
     "VLLM_NO_USAGE_STATS": "1",
+    # 0.32 would take its second model runner on a GPU, whose sampling nothing here was tried with.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay where they are
 }
 

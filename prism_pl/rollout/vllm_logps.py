@@ -45,7 +45,8 @@ class StepLists:
 @contextmanager
 def sampled_logps_alone() -> Iterator[None]:
     """Meanwhile vLLM finds and keeps only the log-probability of each sampled token. For `flat_logprobs` of the sampled
-    token alone. A vLLM that has other names for this goes on by itself."""
+    token alone. A vLLM that has other names for this goes on by itself; its second model runner, which has a sampler of
+    its own, still finds all, of which only the log-probability is kept."""
     from vllm.v1.engine.logprobs import LogprobsProcessor
     from vllm.v1.sample.sampler import Sampler
 
@@ -57,8 +58,8 @@ def sampled_logps_alone() -> Iterator[None]:
         assert num_logprobs == 0, num_logprobs
         return StepLogps(logprobs.gather(-1, token_ids[:, None])[:, 0])
 
-    def note(processor: Any, logps: list[float]) -> None:
-        processor.logprobs.logprobs += logps
+    def note(processor: Any, step: Any) -> None:
+        processor.logprobs.logprobs += step if isinstance(step, list) else step.logprobs[:, 0].tolist()
 
     replaced = _replaced(LogprobsProcessor, "_update_sample_logprobs", note)
     with _replaced(Sampler, "gather_logprobs", staticmethod(gather)), replaced:
