@@ -132,3 +132,11 @@ def test_a_vllm_whose_layers_are_others_is_said_once_and_ends_no_run(policy):
         check.check(other, policy, on_cpu=True)
     check.check(other, policy, on_cpu=True)
     assert len(asked) == 1
+
+
+def test_an_engine_without_embeddings_of_a_known_name_is_no_defect(policy):
+    model = torch.nn.Linear(1, 1)
+    model.hf_to_vllm_mapper, model.packed_modules_mapping = SimpleNamespace(_map_name=lambda name: name), {}
+    other = SimpleNamespace(collective_rpc=lambda ask: [model])
+    with pytest.warns(UserWarning, match="cannot be read back after a sync .*no embeddings among"):
+        read_back.ReadBack({"weight": (1, 1)}, tied=False).check(other, policy, on_cpu=True)

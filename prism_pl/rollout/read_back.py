@@ -106,7 +106,8 @@ class ReadBack:
             unit = Unit(name, names, math.prod(self.shapes[names[0]][1:]))
             often = name.endswith(("embed_tokens.weight", "lm_head.weight"))
             (self.always if often else self.others).append(unit)
-        assert self.always, "no embeddings among the engine's parameters"
+        if not self.always:
+            raise KeyError("no embeddings among the engine's parameters")
 
     def _in_turn(self) -> list[Unit]:
         if len(self.others) <= MOST_UNITS:
