@@ -95,6 +95,17 @@ class Elsewhere(Model):
         return name
 
 
+class Sharing(Model):
+    """Has two parameters in one storage, of which a copy tells only one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.also = nn.Parameter(self.norm.data, requires_grad=False)
+
+    def load_weights(self, stream):
+        return super().load_weights(stream) | {"also"}
+
+
 class Keeping(Model):
     """Keeps what it has found in a weight."""
 
@@ -202,7 +213,7 @@ def test_the_sender_asks_the_loaders_once_on_a_gpu_and_always_on_a_cpu(monkeypat
     assert model.num_loaded == num_loaded
 
 
-@pytest.mark.parametrize("kind", [Doubling, Adding, Filling, FillingMany, Elsewhere, Keeping, Skipping])
+@pytest.mark.parametrize("kind", [Doubling, Adding, Filling, FillingMany, Elsewhere, Sharing, Keeping, Skipping])
 def test_loaders_that_do_more_than_copy_are_always_asked(kind):
     model, plan = kind(), CopyPlan()
     for _ in range(3):
@@ -210,7 +221,7 @@ def test_loaders_that_do_more_than_copy_are_always_asked(kind):
         with torch.no_grad():
             model.embed.fill_(7)
             model.embed[4:].zero_()
-        assert send(plan, model, named) == NAMES
+        assert send(plan, model, named) >= NAMES
     assert model.num_loaded == 15
     doubled = [(name, 2 * tensor if name == "norm" else tensor) for name, tensor in named]
     if kind in (Doubling, Adding):

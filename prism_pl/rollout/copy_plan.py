@@ -76,7 +76,7 @@ class CopyPlan:
         watch = _Watch(model)
         with watch:
             loaded = model.load_weights(watch.unpacked(buckets, received))
-        self.copies = watch.copies if watch.copied_all() else {}
+        self.copies = watch.copies if watch.copied_all(loaded) else {}
         return loaded
 
 
@@ -97,7 +97,9 @@ class _Watch(TorchDispatchMode):
         self._num_values: dict[int, int] = {}
         self._only_copied = True
         self._aside = False
-        self._parameters = {_address(parameter): name for name, parameter in model.named_parameters()}
+        named = dict(model.named_parameters())
+        self._names = set(named)
+        self._parameters = {_address(parameter): name for name, parameter in named.items()}
         self._buckets: dict[int, int] = {}  # checksums by address, which a later one may take over
 
     def unpacked(self, buckets: Iterable[Bucket], received: StreamDigest) -> Iterator[Named]:
@@ -119,11 +121,12 @@ class _Watch(TorchDispatchMode):
             self._num_values[head] = sum(math.prod(shape) for shape in bucket.shapes)
             yield bucket
 
-    def copied_all(self) -> bool:
-        """Whether of each bucket as many values were copied as it has, and nothing else was done."""
-        return self._only_copied and self._num_values == {
-            head: sum(math.prod(values.size) for _, _, values in copies) for head, copies in self.copies.items()
-        }
+    def copied_all(self, loaded: set[str]) -> bool:
+        """Whether of each bucket as many values were copied as it has, to each parameter that is said to be loaded, and
+        nothing else was done."""
+        num_copied = {head: sum(math.prod(v.size) for _, _, v in copies) for head, copies in self.copies.items()}
+        names = {name for copies in self.copies.values() for name, _, _ in copies}
+        return self._only_copied and self._num_values == num_copied and names >= loaded & self._names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._aside and not func.is_view:
