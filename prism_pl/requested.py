@@ -5,6 +5,7 @@ new or gone in the code, unless it stands where a user may write any key (`dict_
 is today's code can tell: it fills a missing option in with its default, and refuses one that it does not know.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -27,13 +28,21 @@ def requested(
         new: as today's code reads it.
         complete: how that reads a configuration.
     """
-    found = list(compare(old, new))
+    found = [one for one in compare(old, new) if not _same_place(one)]
     gained = [one for one in found if one.old is ABSENT]
     lost = [one for one in found if one.new is ABSENT]
     if not _at_defaults(gained, new, complete):
         gained = [one for one in gained if _at_defaults([one], new, complete)]
     lost = [one for one in lost if _is_unknown(one, new, complete)]
     return [one for one in found if one not in gained and one not in lost], [*gained, *lost]
+
+
+def _same_place(one: Difference) -> bool:
+    """Whether two values are one path that exists, relative and absolute: a YAML's paths are made absolute, those of
+    the command line stay as they are."""
+    if not (isinstance(one.old, str) and isinstance(one.new, str) and os.path.exists(one.new)):
+        return False
+    return os.path.abspath(one.old) == os.path.abspath(one.new)
 
 
 def _at_defaults(gained: Sequence[Difference], new: dict[str, Any], complete: Complete) -> bool:

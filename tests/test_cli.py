@@ -338,6 +338,17 @@ def test_other_settings_in_the_same_folder_are_refused_and_fresh_starts_beside(f
     assert yaml.safe_load((folder / "runs/dummy/config.yaml").read_text())["model"]["init_args"]["alpha"] == 0.5
 
 
+def test_the_same_path_spelled_another_way_is_no_other_setting(folder, caplog, capsys):
+    for name in ("policy", "other"):
+        (folder / name).mkdir()
+    command = ["fit", "--config", "dummy.yaml", "--model.policy.path"]
+    assert main([*command, "policy"]) == 0
+    assert main([*command, str(folder / "policy")]) == 0
+    assert "was finished already" in caplog.text
+    assert main([*command, str(folder / "other")]) == 2
+    assert f"model.init_args.policy.path: policy -> {folder / 'other'}." in capsys.readouterr().err
+
+
 def test_options_of_another_version_of_the_code_are_no_other_settings(folder, caplog, capsys):
     command = ["fit", "--config", "dummy.yaml", "--model.signals", "{7: 2}"]
     assert main(command) == 0

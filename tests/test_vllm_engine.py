@@ -440,6 +440,12 @@ def test_auto_takes_vllm_where_it_imports_and_says_so(capsys, monkeypatch):
     assert "vLLM cannot be imported (No module named 'vllm')" in said[1]
 
 
+def test_a_length_beyond_the_policys_positions_is_refused_with_the_way_out(policy, processor):
+    told = "engine max_model_len is 8192, and the policy has 2048 positions .*: give at most that, or leave it out"
+    with pytest.raises(ValueError, match=told):
+        VLLMEngine(max_model_len=8192).start(policy, processor, rank=0)
+
+
 def test_versions_never_tried_are_refused(monkeypatch):
     assert version_of("0.24.1.dev3+cpu") == (0, 24)
     monkeypatch.setattr(import_vllm(), "__version__", "0.50.0")

@@ -17,6 +17,7 @@ from prism_pl.fingerprint import hash_path
 from prism_pl.policy import save_processor
 from prism_pl.processor import Processor
 from prism_pl.rollout import vllm_compat
+from prism_pl.rollout.vllm_limits import too_long
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -72,8 +73,10 @@ class Launched:
                     **_llm_options(options, self.on_cpu),
                     **vllm_compat.engine_options(self.on_cpu),
                 )
-            except BaseException:
+            except BaseException as error:
                 _leave_groups()
+                if isinstance(error, ValueError) and (told := too_long(error, options.max_model_len)):
+                    raise told from error
                 raise
         # A run that fails is not torn down by Lightning: then the engine goes when it is collected.
         self._put_away = weakref.finalize(self, _put_away, self.llm)

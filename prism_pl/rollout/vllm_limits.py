@@ -1,6 +1,18 @@
 """What vLLM would bend without a word is refused."""
 
+import re
+
 from prism_pl.rollout.engine import Sampling
+
+
+def too_long(error: ValueError, max_model_len: int | None) -> ValueError | None:
+    """What vLLM says of a `max_model_len` beyond the policy's positions, in our words; None of any other error."""
+    if (found := re.search(r"derived max_model_len \(\w+=(\d+)", str(error))) is None:
+        return None
+    return ValueError(
+        f"engine max_model_len is {max_model_len}, and the policy has {found[1]} positions (its config.json): give at "
+        "most that, or leave it out"
+    )
 
 
 def check_temperature(sampling: Sampling) -> None:
